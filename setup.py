@@ -1,0 +1,40 @@
+"""Packaging of moe-lossfree; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow']
+
+setup(
+  name='moe-lossfree',
+  version='0.1.0',
+  description='Loss-free balanced mixture-of-experts language models in JAX',
+  long_description=(pathlib.Path(__file__).parent / 'README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['moe', 'moe.*']),
+  install_requires=[
+    'jax>=0.10.2',
+    'flax>=0.12',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.11',
+    'ml-collections>=1.0',
+    'absl-py>=2.1',
+    'numpy>=2.0',
+    'grain>=0.2.10',  # batches
+    'tokenizers>=0.20',  # BPE and tokenizer.json
+    'tqdm>=4.66',  # progress
+    'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
+    'matplotlib>=3.9',  # report
+  ],
+  extras_require={
+    'cuda12': ['jax[cuda12]>=0.10.2'],
+    'cuda13': ['jax[cuda13]>=0.10.2'],
+    'tpu': ['jax[tpu]>=0.10.2'],
+    'parquet': ['pyarrow'],
+    'notebooks': ['jupyterlab', 'ipykernel'],
+    'test': TEST,
+  },
+)
