@@ -1,0 +1,19 @@
+"""Loss-free balanced mixture-of-experts language models in JAX.
+
+Names of arrays end in their logical axes, one letter each (`x_TD`, `w_up_eDF`); the same letters decide how a
+parameter is sharded (`moe/sharding.py`). The legend:
+
+    B  batch (sequences)                 H  attention heads
+    S  sequence (positions)              A  query latent rank
+    T  tokens: B * S of one shard        C  key/value latent rank
+    D  model width                       N  non-rotary head dim
+    F  feed-forward hidden width         R  rotary head dim
+    V  vocabulary, padded to 128         U  value head dim
+    E  experts, all of them              L  layers
+    e  experts held by this shard        M  dispatched rows (token copies)
+    K  experts per token (top-k)         G  expert groups
+
+Other quantities carry their unit in the name: `_s` seconds, `_bytes`, `_per_step`, `_per_s`.
+"""
+
+__version__ = '0.1.0'

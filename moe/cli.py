@@ -1,0 +1,44 @@
+"""What every script under experiments/ shares: run an absl main, and print a user's mistake as one line."""
+
+import sys
+
+from absl import app, flags, logging
+
+from moe.errors import UserError
+
+
+def run(main) -> None:
+  """Parses flags, runs `main(argv)` and exits.
+
+  A `UserError`, or a flag that absl or ml_collections refuses, is printed as `error: ...` with exit status 2; any
+  other exception is a bug and keeps its traceback.
+  """
+
+  def guarded(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it opens
+    try:
+      return main(argv)
+    except UserError as error:
+      fail(error)
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def fail(error) -> None:
+  """Prints `error` as one line on stderr and exits with status 2."""
+  print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def _parse_flags(argv):
+  try:
+    return app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
+  except UserError as error:
+    fail(error)
+  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    # ml_collections answers a bad override with whichever of these fits; its text names the key.
+    fail(f'bad command line: {error}')
+
+
+def _wants_help(argv):
+  return any(arg.lstrip('-').startswith('help') for arg in argv[1:])

@@ -1,0 +1,397 @@
+"""Every setting, with its default and meaning, once.
+
+`configs/*.py` return `to_config_dict(Config(...))`, an `ml_collections.ConfigDict`; after command-line overrides
+`from_config_dict` turns it back into the frozen dataclasses below, rejecting unknown keys, wrong types and
+combinations that cannot run, before anything is compiled.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import ml_collections
+
+from moe.errors import UserError
+
+BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
+AUX_LOSSES = ('none', 'switch', 'sequence')
+DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
+GROUPED_MATMULS = ('auto', 'blocked', 'ragged_dot')
+VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Architecture (DeepSeek-V3, arXiv 2412.19437, section 2, unless said otherwise)."""
+
+  vocab_size: int = 257  # token ids the model knows; the byte tokenizer needs 257
+  d_model: int = 128  # D
+  num_layers: int = 4  # all layers, the leading dense ones included, MTP modules not
+  num_dense_layers: int = 1  # leading layers with a dense feed-forward instead of experts
+  d_ff: int = 384  # hidden width of the dense feed-forward
+  d_expert: int = 128  # F, hidden width of one expert
+  num_experts: int = 16  # E, routed experts
+  num_shared_experts: int = 1  # always-on experts, fused into one feed-forward of d_expert * num_shared_experts
+  top_k: int = 4  # K, routed experts per token
+  num_groups: int = 1  # G, expert groups for group-limited routing
+  top_groups: int = 1  # groups a token may choose from
+  score_fn: str = 'sigmoid'  # sigmoid | softmax
+  normalize_gates: bool = True  # divide a token's K gate weights by their sum
+  route_scale: float = 1.0  # factor on the gate weights (2.5 in V3)
+  capacity_factor: float = 0.0  # 0: dropless. Else each expert keeps ceil(factor * T * K / E) per token shard
+  attention: str = 'mla'  # mla | mha
+  num_heads: int = 4  # H
+  q_lora_rank: int = 0  # A, query latent rank of MLA; 0: queries straight from the residual stream
+  kv_lora_rank: int = 64  # C, key/value latent rank of MLA
+  qk_nope_dim: int = 32  # N, non-rotary head dim (0 for mha: all rotary)
+  qk_rope_dim: int = 16  # R, rotary head dim
+  v_dim: int = 32  # U, value head dim
+  rope_theta: float = 10000.0  # base of the rotary frequencies
+  yarn_factor: float = 1.0  # YaRN context extension; 1: off
+  yarn_original_len: int = 4096  # sequence length before extension
+  yarn_beta_fast: float = 32.0  # rotations above which a frequency is left alone
+  yarn_beta_slow: float = 1.0  # rotations below which a frequency is fully interpolated
+  yarn_mscale: float = 1.0  # softmax scale is multiplied by (0.1 * yarn_mscale * ln(factor) + 1)^2
+  mtp_depth: int = 1  # multi-token-prediction modules
+  tie_embeddings: bool = False  # the output head reuses the embedding
+  norm_eps: float = 1e-6  # of every RMSNorm
+  init_std: float = 0.02  # of every weight matrix
+
+  @property
+  def num_moe_layers(self) -> int:
+    return self.num_layers - self.num_dense_layers
+
+  @property
+  def num_routers(self) -> int:
+    """Rows of `load_LE` and of the router bias: the MoE layers, then the MTP modules."""
+    return self.num_moe_layers + self.mtp_depth
+
+  @property
+  def padded_vocab(self) -> int:
+    return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+  """How experts are kept equally loaded. Any bias rule goes with any auxiliary loss."""
+
+  bias_rule: str = 'sign'  # one of BIAS_RULES
+  gamma: float = 0.001  # the bias rules' speed (u in arXiv 2408.15664)
+  gamma_off_fraction: float = 0.0  # last fraction of the steps with gamma 0 (0.034 in V3)
+  smebu_kappa: float = 2.0  # slope inside SMEBU's tanh (arXiv 2602.17004)
+  smebu_beta: float = 0.5  # SMEBU's momentum
+  aux_loss: str = 'none'  # one of AUX_LOSSES
+  aux_alpha: float = 0.001  # weight of the auxiliary loss (1e-4 for sequence in V3)
+  aux_scope: str = 'microbatch'  # microbatch | global_batch: tokens whose counts the Switch loss sees
+  z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2) (ST-MoE: 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text and how it becomes batches."""
+
+  paths: str = ''  # comma-separated files, folders or globs (.txt .md .py .jsonl[.gz] .parquet); '': Python's stdlib
+  tokenizer: str = 'byte'  # byte | bpe (trained on the corpus, cached) | path of a tokenizer.json
+  seq_len: int = 256  # S
+  val_fraction: float = 0.05  # of the documents (files, or records of .jsonl/.parquet)
+  text_key: str = 'text'  # field of .jsonl records, column of .parquet files
+  cache_dir: str = ''  # for trained tokenizers and compiled programs; '': $XDG_CACHE_HOME/moe-lossfree or ~/.cache/...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The loop."""
+
+  steps: int = 1000  # optimizer steps
+  batch_size: int = 16  # sequences per optimizer step over the whole mesh
+  microbatches: int = 1  # gradient accumulation: the batch is worked off in this many parts
+  seed: int = 0  # of weights and of the data order
+  mtp_weight: float = 0.3  # lambda of the MTP loss
+  remat: str = 'none'  # none | dots (keep matmul outputs) | full (keep layer inputs only)
+  log_every: int = 1  # steps per row of metrics.jsonl
+  eval_every: int = 250  # steps between evaluations; 0: only at the end
+  eval_sequences: int = 0  # validation sequences of a periodic evaluation; 0: all (the last evaluation always is)
+  init_from: str = ''  # run directory whose weights and router bias start this run (moments and step do not)
+  profile_steps: str = ''  # 'first:last' writes a trace of these steps to WORKDIR/profile
+  sample_prompt: str = 'def '  # prompt of the generated sample in the report
+  sample_tokens: int = 200  # its length; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (weight decay on matrices only) under a warm-up schedule."""
+
+  learning_rate: float = 1e-3  # peak
+  schedule: str = 'wsd'  # wsd (warm-up, stable, linear decay) | cosine (warm-up, cosine)
+  warmup_steps: int = 50
+  decay_fraction: float = 0.2  # wsd: last fraction of the steps that decays
+  final_lr_fraction: float = 0.1  # learning rate at the end / peak
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+  moments: str = 'float32'  # float32 | bfloat16, dtype of both Adam moments
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+  """Master weights, router, norms' statistics and losses are always float32."""
+
+  compute: str = 'float32'  # float32 | bfloat16, of activations and of the weights used in matmuls
+  matmul: str = 'default'  # default | highest, precision of float32 matmuls (default is TF32 on GPUs)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Device mesh (pipe, data, expert, tensor). Axis sizes of 0 take the preset's."""
+
+  preset: str = 'local'  # local | h20x16 | h20x16_ep | h20x16_serve (moe/mesh.py)
+  pipe: int = 0  # pipeline stages
+  data: int = 0  # batch shards that hold copies of all experts
+  expert: int = 0  # batch shards that hold different experts
+  tensor: int = 0  # shards of heads, hidden width and vocabulary
+  cpu_devices: int = 0  # split the CPU into so many virtual devices; 0: leave as is
+  coordinator: str = ''  # host:port of process 0 for runs of several processes; '': one process
+  num_processes: int = 1  # processes of the run
+  process_id: int = 0  # this process
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints are written in the background; the newest is resumed from."""
+
+  every_steps: int = 200  # steps between checkpoints; 0: only at the end and on SIGTERM
+  keep: int = 2  # newest checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One training run."""
+
+  model: ModelConfig = ModelConfig()
+  balance: BalanceConfig = BalanceConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  precision: PrecisionConfig = PrecisionConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  dispatch: str = 'auto'  # auto (local on one expert shard, else all_gather) | local | all_gather | all_to_all | ragged
+  grouped_matmul: str = 'auto'  # auto (blocked on CPU, else ragged_dot) | blocked | ragged_dot
+
+
+def to_config_dict(config: Config, arg: str = '') -> ml_collections.ConfigDict:
+  """The same settings as an overridable ConfigDict, with `arg`, 'key=value,...', applied.
+
+  `arg` is what follows the colon in `--config=configs/tiny.py:train.seed=3,balance.bias_rule=none`.
+
+  Raises:
+    UserError: `arg` is not of that form or names an unknown key.
+  """
+  config_dict = ml_collections.ConfigDict(dataclasses.asdict(config))
+  for item in filter(None, arg.split(',')):
+    key, equals, text = item.partition('=')
+    section, _, name = key.rpartition('.')
+    try:
+      target = config_dict[section] if section else config_dict
+      old = target[name]
+    except (KeyError, TypeError):
+      raise UserError(f'config argument {item!r}: unknown key {key!r}') from None
+    if not equals or isinstance(old, ml_collections.ConfigDict):
+      raise UserError(f'config argument {item!r} must look like train.seed=3')
+    target[name] = _parsed(type(old), text, key)
+  return config_dict
+
+
+def _parsed(kind, text, key):
+  if kind is bool:
+    _one_of(key, text, ('true', 'false'))
+    return text == 'true'
+  try:
+    return kind(text)
+  except ValueError:
+    raise UserError(f'config {key} = {text!r} must be of type {kind.__name__}') from None
+
+
+def from_config_dict(config_dict: Any) -> Config:
+  """Turns a (nested) mapping back into a checked `Config`.
+
+  Raises:
+    UserError: unknown key (the nearest valid one is named), wrong type, or a combination that cannot run.
+  """
+  config = _build(Config, config_dict, '')
+  validate(config)
+  return config
+
+
+def _build(cls, values, path):
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  kwargs = {}
+  for key in values:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, 1, 0.0)[0]
+      raise UserError(f'unknown config key {path + key!r}; the nearest valid one is {path + near!r}')
+    kind, value, name = fields[key].type, values[key], path + key
+    if dataclasses.is_dataclass(kind):
+      if not hasattr(value, 'keys'):
+        raise UserError(f'config {name} is a section and cannot be set to {value!r}')
+      kwargs[key] = _build(kind, value, name + '.')
+    else:
+      kwargs[key] = _typed(kind, value, name)
+  return cls(**kwargs)
+
+
+def _typed(kind, value, name):
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    raise UserError(f'config {name} = {value!r} has type {type(value).__name__}; it must be of type {kind.__name__}')
+  if kind is float and not math.isfinite(value):
+    raise UserError(f'config {name} = {value!r} must be a finite number')
+  return value
+
+
+def _require(ok: bool, message: str):
+  if not ok:
+    raise UserError(message)
+
+
+def _one_of(name: str, value: str, valid):
+  _require(value in valid, f'config {name} = {value!r} must be one of {", ".join(valid)}')
+
+
+def _at_least(section, prefix: str, least: float, names: str):
+  for name in names.split():
+    value = getattr(section, name)
+    _require(value >= least, f'config {prefix}.{name} = {value} must be at least {least}')
+
+
+def _fraction(section, prefix: str, names: str):
+  for name in names.split():
+    value = getattr(section, name)
+    _require(0 <= value <= 1, f'config {prefix}.{name} = {value} must be between 0 and 1')
+
+
+def validate(config: Config) -> None:
+  """Checks everything that can be known without devices or data. Raises UserError."""
+  _validate_model(config.model)
+  _validate_balance(config)
+  train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
+  _at_least(train, 'train', 1, 'steps batch_size microbatches log_every')
+  _at_least(train, 'train', 0, 'seed mtp_weight eval_every eval_sequences sample_tokens')
+  _one_of('train.remat', train.remat, ('none', 'dots', 'full'))
+  _require(
+    train.batch_size % train.microbatches == 0,
+    f'config train.batch_size = {train.batch_size} must be divisible by train.microbatches = {train.microbatches}',
+  )
+  profile_range(train.profile_steps)
+  _at_least(data, 'data', 2, 'seq_len')
+  _require(
+    data.seq_len > config.model.mtp_depth + 1,
+    f'config data.seq_len = {data.seq_len} leaves no target for model.mtp_depth = {config.model.mtp_depth}',
+  )
+  _require(0 < data.val_fraction < 1, f'config data.val_fraction = {data.val_fraction} must be between 0 and 1')
+  _at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm eps')
+  _fraction(opt, 'optimizer', 'decay_fraction final_lr_fraction beta1 beta2')
+  _one_of('optimizer.schedule', opt.schedule, ('wsd', 'cosine'))
+  _one_of('optimizer.moments', opt.moments, ('float32', 'bfloat16'))
+  _one_of('precision.compute', config.precision.compute, ('float32', 'bfloat16'))
+  _one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
+  _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
+  _at_least(mesh, 'mesh', 1, 'num_processes')
+  _require(
+    mesh.process_id < mesh.num_processes,
+    f'config mesh.process_id = {mesh.process_id} must be below mesh.num_processes = {mesh.num_processes}',
+  )
+  _require(
+    (mesh.num_processes == 1) == (not mesh.coordinator),
+    f'config mesh.num_processes = {mesh.num_processes} and mesh.coordinator = {mesh.coordinator!r} disagree: several '
+    'processes need the host:port of process 0, one process needs none',
+  )
+  _at_least(config.checkpoint, 'checkpoint', 0, 'every_steps')
+  _at_least(config.checkpoint, 'checkpoint', 1, 'keep')
+  _one_of('dispatch', config.dispatch, DISPATCHES)
+  _one_of('grouped_matmul', config.grouped_matmul, GROUPED_MATMULS)
+
+
+def _validate_model(model: ModelConfig):
+  _at_least(model, 'model', 1, 'vocab_size d_model num_layers d_ff d_expert num_experts top_k num_groups top_groups')
+  _at_least(model, 'model', 1, 'num_heads v_dim yarn_original_len')
+  _at_least(model, 'model', 0, 'num_dense_layers num_shared_experts capacity_factor q_lora_rank qk_nope_dim mtp_depth')
+  _require(
+    model.num_dense_layers < model.num_layers,
+    f'config model.num_dense_layers = {model.num_dense_layers} must be below model.num_layers = {model.num_layers}: '
+    'at least one layer has experts',
+  )
+  _one_of('model.score_fn', model.score_fn, ('sigmoid', 'softmax'))
+  _one_of('model.attention', model.attention, ('mla', 'mha'))
+  _require(
+    model.num_experts % model.num_groups == 0,
+    f'config model.num_experts = {model.num_experts} must be divisible by model.num_groups = {model.num_groups}',
+  )
+  per_group = model.num_experts // model.num_groups
+  _require(
+    model.top_groups <= model.num_groups,
+    f'config model.top_groups = {model.top_groups} must be at most model.num_groups = {model.num_groups}',
+  )
+  _require(
+    model.num_groups == 1 or per_group >= 2,
+    f'config model.num_groups = {model.num_groups} leaves {per_group} expert per group; group scores need 2 or more',
+  )
+  _require(
+    model.top_k <= per_group * model.top_groups,
+    f'config model.top_k = {model.top_k} is larger than the {per_group * model.top_groups} experts that '
+    f'model.top_groups = {model.top_groups} of {model.num_groups} groups hold',
+  )
+  _require(
+    model.qk_rope_dim >= 2 and model.qk_rope_dim % 2 == 0,
+    f'config model.qk_rope_dim = {model.qk_rope_dim} must be even and at least 2',
+  )
+  if model.attention == 'mla':
+    _at_least(model, 'model', 1, 'kv_lora_rank qk_nope_dim')
+  else:
+    _require(
+      model.qk_nope_dim == 0 and model.q_lora_rank == 0,
+      f"config model.attention = 'mha' rotates whole heads and has no latents: set model.qk_nope_dim = "
+      f'{model.qk_nope_dim} and model.q_lora_rank = {model.q_lora_rank} to 0',
+    )
+  _require(model.yarn_factor >= 1, f'config model.yarn_factor = {model.yarn_factor} must be at least 1')
+  _require(
+    model.yarn_beta_fast > model.yarn_beta_slow > 0,
+    f'config model.yarn_beta_fast = {model.yarn_beta_fast} must be above model.yarn_beta_slow = '
+    f'{model.yarn_beta_slow}, and both above 0',
+  )
+  for name in ('rope_theta', 'norm_eps', 'init_std', 'route_scale'):
+    value = getattr(model, name)
+    _require(value > 0, f'config model.{name} = {value} must be above 0')
+
+
+def _validate_balance(config: Config):
+  balance = config.balance
+  _one_of('balance.bias_rule', balance.bias_rule, BIAS_RULES)
+  _one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
+  _one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
+  _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
+  _fraction(balance, 'balance', 'gamma_off_fraction smebu_beta')
+  if balance.bias_rule == 'quantile':
+    _require(
+      config.model.num_groups == 1,
+      f"config balance.bias_rule = 'quantile' needs model.num_groups = 1, not {config.model.num_groups}: a token's "
+      'threshold is only defined over all experts',
+    )
+    _require(
+      config.model.top_k < config.model.num_experts,
+      f"config balance.bias_rule = 'quantile' needs model.top_k = {config.model.top_k} below model.num_experts",
+    )
+
+
+def profile_range(text: str) -> range:
+  """Steps of `train.profile_steps`: 'first:last', both included; '' is none. Raises UserError."""
+  if not text:
+    return range(0)
+  first, colon, last = text.partition(':')
+  if not (colon and first.isdigit() and last.isdigit() and int(first) <= int(last)):
+    raise UserError(f"config train.profile_steps = {text!r} must look like '10:12' (first:last step) or be ''")
+  return range(int(first), int(last) + 1)

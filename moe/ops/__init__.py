@@ -1,0 +1,1 @@
+"""Kernels and the small helpers they share."""
