@@ -1,0 +1,1 @@
+"""Balancing: bias rules and auxiliary losses, chosen by the config, and the measures of balance."""

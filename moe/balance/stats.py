@@ -1,0 +1,66 @@
+"""What a router reports for one microbatch of one shard: sums, to be added over microbatches and mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe.balance.rules import margin_histogram
+from moe.config import Config
+from moe.model.router import Routing, count
+
+
+class RouterStats(NamedTuple):
+  """Sums over this shard's unmasked tokens. Stacked over layers, each field has L in front.
+
+  load_E: int32 assignments before dropping. dropped: int32 assignments dropped.
+  prob_sum_E: scores normalised over experts (differentiable). sequence_sum: per sequence E/(K T_s) sum_i f_i P_i,
+  times its T_s tokens (differentiable; 0 unless used). z_sum: logsumexp(logits)^2 (differentiable).
+  entropy_sum: entropy of the normalised scores / ln E.
+  margins: int32 histogram of the quantile rule, else [E, 0].
+  """
+
+  load_E: jax.Array
+  dropped: jax.Array
+  prob_sum_E: jax.Array
+  sequence_sum: jax.Array
+  z_sum: jax.Array
+  entropy_sum: jax.Array
+  margins: jax.Array
+
+
+def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config: Config) -> RouterStats:
+  """Statistics of one router; see `RouterStats`."""
+  model, balance = config.model, config.balance
+  mask_T = mask_BS.reshape(-1)
+  kept = routing.keep_TK.sum(dtype=jnp.int32)
+  probs_TE = routing.scores_TE / (routing.scores_TE.sum(-1, keepdims=True) + 1e-20)
+  probs_TE = jnp.where(mask_T[:, None], probs_TE, 0)
+  z_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
+  fixed_TE = lax.stop_gradient(probs_TE)
+  entropy = -(fixed_TE * jnp.log(fixed_TE + 1e-20)).sum() / jnp.log(max(model.num_experts, 2))
+  zero = jnp.zeros_like(z_T[0])
+  return RouterStats(
+    load_E=routing.load_E,
+    dropped=routing.load_E.sum(dtype=jnp.int32) - kept,
+    prob_sum_E=probs_TE.sum(0),
+    sequence_sum=_sequence_sum(routing, probs_TE, mask_BS, config) if balance.aux_loss == 'sequence' else zero,
+    z_sum=jnp.where(mask_T, z_T * z_T, 0).sum() if balance.z_loss else zero,
+    entropy_sum=entropy,
+    margins=margin_histogram(routing.scores_TE, bias_E, mask_T, model.top_k)
+    if balance.bias_rule == 'quantile'
+    else jnp.zeros((model.num_experts, 0), jnp.int32),
+  )
+
+
+def _sequence_sum(routing: Routing, probs_TE, mask_BS, config: Config):
+  """Sum over sequences of T_s * sum_i f_i P_i (arXiv 2412.19437, equations 17-20); f counts top-k without the bias."""
+  E, K = config.model.num_experts, config.model.top_k
+  chosen_TK = lax.top_k(lax.stop_gradient(routing.scores_TE), K)[1]
+  in_sequence = lambda a: a.reshape(*mask_BS.shape, -1)
+  count_BE = jax.vmap(
+    lambda chosen_SK, mask_S: count(chosen_SK, jnp.broadcast_to(mask_S[:, None], chosen_SK.shape), E)
+  )(in_sequence(chosen_TK), mask_BS)
+  tokens_B1 = jnp.maximum(mask_BS.sum(-1, keepdims=True), 1)
+  return (count_BE * E / (K * tokens_B1) * in_sequence(probs_TE).sum(1)).sum()

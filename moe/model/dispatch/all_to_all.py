@@ -1,0 +1,93 @@
+"""Exchange rows in padded buffers, one per destination shard, with `jax.lax.all_to_all`.
+
+A buffer holds what one shard can send another at most: experts per shard * capacity when dropping, else
+T * min(K, experts per shard).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe.config import ModelConfig
+from moe.model.dispatch.permute import Permutation, Sorted, permute, sort_by_key, weighted_sum
+from moe.model.router import Routing, capacity
+
+
+class Plan(NamedTuple):
+  regroup_back: Permutation
+  unpack: Permutation
+  weight_TK: jax.Array
+
+
+def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False):
+  """See `moe.model.dispatch`. M = shards * buffer."""
+  shards = lax.axis_size('expert')
+  by, sent_de, received_se = exchange_counts(routing, config)
+  buffer = buffer_rows(len(x_TD), config, shards, dropless)
+  out, unpack = _pack(by, sent_de.sum(1), routing, buffer)
+  rows_MD = lax.all_to_all(permute(x_TD, out), 'expert', split_axis=0, concat_axis=0, tiled=True)
+  end_se = jnp.cumsum(received_se, axis=1)
+  regroup, regroup_back, size_e = regroup_by_expert(jnp.arange(shards) * buffer, end_se, shards * buffer)
+  return permute(rows_MD, regroup), size_e, Plan(regroup_back, unpack, routing.weight_TK)
+
+
+def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
+  """See `moe.model.dispatch`."""
+  rows_MD = lax.all_to_all(permute(y_MD, plan.regroup_back), 'expert', split_axis=0, concat_axis=0, tiled=True)
+  return weighted_sum(permute(rows_MD, plan.unpack), plan.weight_TK)
+
+
+def buffer_rows(tokens: int, config: ModelConfig, shards: int, dropless: bool) -> int:
+  """Rows that one shard can send another at most."""
+  held = config.num_experts // shards
+  if config.capacity_factor and not dropless:
+    return held * capacity(tokens, config)
+  return tokens * min(config.top_k, held)
+
+
+def exchange_counts(routing: Routing, config: ModelConfig) -> tuple[Sorted, jax.Array, jax.Array]:
+  """Assignments sorted by expert, rows sent per [destination, its expert] and received per [source, own expert]."""
+  key_M = jnp.where(routing.keep_TK, routing.expert_TK, config.num_experts).reshape(-1)
+  by = sort_by_key(key_M, config.num_experts)
+  sent_de = by.size.reshape(lax.axis_size('expert'), -1)
+  return by, sent_de, lax.all_to_all(sent_de, 'expert', split_axis=0, concat_axis=0, tiled=True)
+
+
+def _pack(by: Sorted, sent_d, routing: Routing, buffer: int):
+  """Permutations from tokens into the send buffers, and from the buffers that came back to assignments."""
+  T, K = routing.expert_TK.shape
+  start_d = jnp.cumsum(sent_d) - sent_d
+  within_B = jnp.arange(buffer)
+  row_M = (start_d[:, None] + within_B).reshape(-1)  # row of the sorted order that each slot takes
+  valid_M = (within_B < sent_d[:, None]).reshape(-1)
+  assignment_M = by.order_M.at[row_M].get(mode='clip')
+  destination_A = routing.expert_TK.reshape(-1) // (by.size.size // sent_d.size)
+  slot_A = destination_A * buffer + by.place_M - start_d[destination_A]
+  out = Permutation(assignment_M // K, valid_M, slot_A.reshape(T, K), routing.keep_TK)
+  unpack = Permutation(slot_A, routing.keep_TK.reshape(-1), assignment_M[:, None], valid_M[:, None])
+  return out, unpack
+
+
+def regroup_by_expert(start_s, end_se, rows: int):
+  """Permutations from received rows, sorted by expert within each source, to the order of experts, and back.
+
+  Args:
+    start_s: first row of each source's part.
+    end_se: end of each expert's rows within its source's part.
+    rows: received rows, used or not.
+
+  Returns:
+    regroup, regroup_back: Permutations of `rows` rows; size_e: rows per expert.
+  """
+  row_M = jnp.arange(rows)
+  source_M = jnp.searchsorted(start_s, row_M, side='right') - 1
+  # The expert is the number of experts of that source that end at or before the row; past all of them: nowhere.
+  key_M = (end_se[source_M] <= (row_M - start_s[source_M])[:, None]).sum(1)
+  by = sort_by_key(key_M, end_se.shape[1])
+  valid_M = row_M < by.size.sum()
+  used_M = key_M < end_se.shape[1]
+  regroup = Permutation(by.order_M, valid_M, by.place_M[:, None], used_M[:, None])
+  regroup_back = Permutation(by.place_M, used_M, by.order_M[:, None], valid_M[:, None])
+  return regroup, regroup_back, by.size

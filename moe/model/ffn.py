@@ -1,0 +1,40 @@
+"""SwiGLU feed-forwards (arXiv 2002.05202): dense, and one per expert.
+
+The hidden width F is sharded over `tensor`; both return this shard's part of the output, for the caller to sum.
+"""
+
+import jax
+from flax import nnx
+
+from moe.config import ModelConfig
+from moe.model.parameters import Init
+from moe.ops.grouped_matmul import grouped_matmul
+
+
+class FeedForward(nnx.Module):
+  """Dense SwiGLU: the leading layers, and the shared experts as one."""
+
+  def __init__(self, d_model: int, hidden: int, init: Init):
+    self.w_gate_DF = init.normal(d_model, hidden)
+    self.w_up_DF = init.normal(d_model, hidden)
+    self.w_down_FD = init.normal(hidden, d_model)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> this tensor shard's part of [..., D]."""
+    return (jax.nn.silu(x @ self.w_gate_DF[...]) * (x @ self.w_up_DF[...])) @ self.w_down_FD[...]
+
+
+class Experts(nnx.Module):
+  """The routed experts held by this shard."""
+
+  def __init__(self, config: ModelConfig, init: Init):
+    E, D, F = config.num_experts, config.d_model, config.d_expert
+    self.w_gate_eDF = init.normal(E, D, F)
+    self.w_up_eDF = init.normal(E, D, F)
+    self.w_down_eFD = init.normal(E, F, D)
+
+  def __call__(self, x_MD: jax.Array, size_e: jax.Array, backend: str) -> jax.Array:
+    """Rows sorted by expert -> this tensor shard's part of [M, D]; `backend` as in `grouped_matmul`."""
+    gate_MF = grouped_matmul(x_MD, self.w_gate_eDF[...], size_e, backend)
+    up_MF = grouped_matmul(x_MD, self.w_up_eDF[...], size_e, backend)
+    return grouped_matmul(jax.nn.silu(gate_MF) * up_MF, self.w_down_eFD[...], size_e, backend)

@@ -1,0 +1,159 @@
+"""The whole model as three pure functions, so that a pipeline stage is a slice of the stacked layers:
+
+    embed   tokens -> residual stream, through the leading dense layers
+    stack   the MoE layers, scanned
+    head    residual stream -> logits (and `mtp_hidden` for the multi-token-prediction modules)
+
+All run inside `jax.shard_map` over the mesh of `moe.mesh`; arrays are this shard's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moe.balance import rules
+from moe.balance.stats import RouterStats
+from moe.config import BalanceConfig, Config, ModelConfig
+from moe.model.layer import DenseLayer, MoELayer
+from moe.model.norm import rms_norm
+from moe.model.parameters import Init, RouterBias
+from moe.ops.varying import align
+
+
+class MTPModule(nnx.Module):
+  """One multi-token-prediction module (arXiv 2412.19437, section 2.2)."""
+
+  def __init__(self, config: ModelConfig, init: Init):
+    D = config.d_model
+    self.scale_hidden_D = init.ones(D)
+    self.scale_embedding_D = init.ones(D)
+    self.w_hidden_DD = init.normal(D, D)  # the halves of the paper's projection M of [hidden; embedding]
+    self.w_embedding_DD = init.normal(D, D)
+    self.layer = MoELayer(config, init)
+    self.scale_out_D = init.ones(D)
+
+
+class Transformer(nnx.Module):
+  """Parameters of the model. `bias_LE` has a row per MoE layer, then one per MTP module."""
+
+  def __init__(self, config: ModelConfig, balance: BalanceConfig, rngs: nnx.Rngs):
+    self.config = config
+    init = Init(rngs, config.init_std)
+    stacked = Init(rngs, config.init_std, (config.num_moe_layers,))
+    self.w_embedding_VD = init.normal(config.padded_vocab, config.d_model)
+    self.dense_layers = nnx.List([DenseLayer(config, init) for _ in range(config.num_dense_layers)])
+    self.layers = MoELayer(config, stacked)
+    self.scale_out_D = init.ones(config.d_model)
+    if not config.tie_embeddings:
+      self.w_head_DV = init.normal(config.d_model, config.padded_vocab)
+    self.mtp = nnx.List([MTPModule(config, init) for _ in range(config.mtp_depth)])
+    self.bias_LE = RouterBias(rules.init(balance, config.num_routers, config.num_experts)['bias_LE'])
+
+
+def remat(function, policy: str):
+  """`function` recomputed in the backward pass as train.remat says: none, dots (matmul outputs kept) or full."""
+  if policy == 'none':
+    return function
+  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == 'dots' else None
+  return jax.checkpoint(function, policy=kept)
+
+
+def embed_tokens(model: Transformer, token_BS: jax.Array) -> jax.Array:
+  """Rows of the embedding, whose vocabulary is sharded over `tensor`: [B, S, D]."""
+  table_VD = model.w_embedding_VD[...]
+  local_BS = token_BS - lax.axis_index('tensor') * table_VD.shape[0]
+  here_BS = (local_BS >= 0) & (local_BS < table_VD.shape[0])
+  rows_BSD = table_VD.at[jnp.where(here_BS, local_BS, 0)].get(mode='promise_in_bounds')
+  return lax.psum(jnp.where(here_BS[..., None], rows_BSD, 0), 'tensor')
+
+
+def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
+  """Tokens to the residual stream that enters the MoE layers."""
+  x_BSD = embed_tokens(model, token_BS)
+  for layer in model.dense_layers:
+    x_BSD = remat(lambda x, layer=layer: layer(x, segment_BS), config.train.remat)(x_BSD)
+  return x_BSD
+
+
+def stack(
+  model: Transformer, x_BSD: jax.Array, segment_BS: jax.Array, mask_BS: jax.Array, config: Config, dropless: bool
+) -> tuple[jax.Array, RouterStats]:
+  """The MoE layers; statistics come stacked over layers."""
+  graph, layers = nnx.split(model.layers)
+  bias_LE = model.bias_LE[...][: config.model.num_moe_layers]
+
+  def layer(x_BSD, weights):
+    state, bias_E = weights
+    return nnx.merge(graph, state)(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
+
+  return lax.scan(remat(layer, config.train.remat), x_BSD, (layers, bias_LE))
+
+
+def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, config: Config, dropless: bool):
+  """Hidden state of MTP module `depth` (from 0) and its router's statistics.
+
+  Args:
+    h_BSD: hidden state before it, of the main model or the module of one depth less, before any final norm.
+    next_token_BS: the token depth + 1 positions ahead.
+    segment_BS, mask_BS: document ids, and positions whose next_token lies in the same document.
+  """
+  module, eps = model.mtp[depth], config.model.norm_eps
+  bias_E = model.bias_LE[...][config.model.num_moe_layers + depth]
+
+  def run(h_BSD):
+    hidden_BSD = rms_norm(h_BSD, module.scale_hidden_D[...], eps)
+    embedded_BSD = rms_norm(embed_tokens(model, next_token_BS), module.scale_embedding_D[...], eps)
+    x_BSD = hidden_BSD @ module.w_hidden_DD[...] + embedded_BSD @ module.w_embedding_DD[...]
+    return module.layer(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
+
+  return remat(run, config.train.remat)(h_BSD)
+
+
+def head(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array) -> jax.Array:
+  """float32 logits of this shard's slice of the vocabulary, [B, S, V]; padded entries are -1e30."""
+  normed_BSD = rms_norm(h_BSD, scale_D, model.config.norm_eps)
+  w_DV = model.w_embedding_VD[...].T if model.config.tie_embeddings else model.w_head_DV[...]
+  logits_BSV = jnp.einsum('bsd,dv->bsv', normed_BSD, w_DV, preferred_element_type=jnp.float32)
+  token_V = lax.axis_index('tensor') * w_DV.shape[1] + jnp.arange(w_DV.shape[1])
+  return jnp.where(token_V < model.config.vocab_size, logits_BSV, -1e30)
+
+
+def cross_entropy(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
+  """float32 -log p(target) per position, from logits whose vocabulary is sharded over `tensor`."""
+  top_BS = lax.pmax(lax.stop_gradient(logits_BSV.max(-1)), 'tensor')
+  sum_BS = lax.psum(jnp.exp(logits_BSV - top_BS[..., None]).sum(-1), 'tensor')
+  local_BS = target_BS - lax.axis_index('tensor') * logits_BSV.shape[-1]
+  here_BS = (local_BS >= 0) & (local_BS < logits_BSV.shape[-1])
+  logits_BSV, index_BS1 = align(logits_BSV, jnp.where(here_BS, local_BS, 0)[..., None])
+  picked_BS = jnp.take_along_axis(logits_BSV, index_BS1, axis=-1)[..., 0]
+  return jnp.log(sum_BS) + top_BS - lax.psum(jnp.where(here_BS, picked_BS, 0), 'tensor')
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: ModelConfig, balance: BalanceConfig):
+  model = nnx.eval_shape(lambda: Transformer(config, balance, nnx.Rngs(0)))
+  return nnx.split(model, nnx.Param, RouterBias)
+
+
+def abstract_params(config: Config) -> dict:
+  """Nested dict of the parameters' shapes and dtypes; nothing is allocated."""
+  return nnx.to_pure_dict(_abstract(config.model, config.balance)[1])
+
+
+def init_params(config: Config, key: jax.Array) -> dict:
+  """Nested dict of fresh fp32 parameters."""
+  model = Transformer(config.model, config.balance, nnx.Rngs(params=key))
+  return nnx.to_pure_dict(nnx.split(model, nnx.Param, RouterBias)[1])
+
+
+def build(config: Config, params: dict, bias_LE: jax.Array) -> Transformer:
+  """The model with these parameters and this routing bias, whatever their sharding or dtype."""
+  graph, abstract, abstract_bias = _abstract(config.model, config.balance)
+  # The abstract states are shared: copy them before filling in.
+  param_state, bias_state = jax.tree.map(lambda x: x, (abstract, abstract_bias))
+  nnx.replace_by_pure_dict(param_state, params)
+  nnx.replace_by_pure_dict(bias_state, {'bias_LE': bias_LE})
+  return nnx.merge(graph, param_state, bias_state)
