@@ -1,0 +1,135 @@
+"""Packs documents into rows of one token stream and serves shuffled training and ordered evaluation batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from moe.data.corpus import Document
+from moe.data.tokenizer import Tokenizer
+from moe.errors import UserError
+
+CHUNK_BYTES = 1 << 22  # text encoded at once: bounds memory, yet occupies every core
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+  """A token stream cut into rows of `seq_len` targets; a random-access source of `len(rows)` rows.
+
+  Row i holds tokens i*S .. i*S+S. Neighbours overlap by one token, so that every token but the stream's first is a
+  target in exactly one row.
+  """
+
+  token_N: np.ndarray  # uint16 or int32: every document as BOS and its tokens, one after the other
+  document_starts: np.ndarray  # int64 [documents], ascending: where in token_N each BOS is
+  seq_len: int  # S
+  num_bytes: int  # text bytes that token_N encodes
+
+  @property
+  def num_targets(self) -> int:
+    """Tokens that are predicted from a token of their document: all but the BOS's.
+
+    Bits per byte = nats per target / ln 2 * `num_targets` / `num_bytes`.
+    """
+    return len(self.token_N) - len(self.document_starts)
+
+  @property
+  def targets_per_byte(self) -> float:
+    return self.num_targets / self.num_bytes
+
+  def __len__(self) -> int:
+    return -(-(len(self.token_N) - 1) // self.seq_len)
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    """Row i (0 <= i < len): `token_S` and `segment_S`, both int32 [S+1].
+
+    Segments number the documents of the row from 1; past the end of the stream token and segment are 0. Target t+1
+    counts where segment_S[t+1] == segment_S[t] > 0.
+    """
+    if not 0 <= i < len(self):
+      raise IndexError(f'row {i} of {len(self)}')
+    first = int(i) * self.seq_len
+    tokens = self.token_N[first : first + self.seq_len + 1]
+    document = np.searchsorted(self.document_starts, np.arange(first, first + len(tokens)), side='right')
+    row = _padding(1, self.seq_len)
+    row['token_BS'][0, : len(tokens)] = tokens
+    row['segment_BS'][0, : len(tokens)] = document - document[0] + 1
+    return {'token_S': row['token_BS'][0], 'segment_S': row['segment_BS'][0]}
+
+  def padded_rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
+    """Rows lo..hi in order, for evaluation: `token_BS` and `segment_BS`, int32 [hi-lo, S+1].
+
+    Rows past `len(self)` are all padding (segment 0), so that the last batch has the shape of the others.
+    """
+    batch = _padding(hi - lo, self.seq_len)
+    for b, i in enumerate(range(lo, min(hi, len(self)))):
+      row = self[i]
+      batch['token_BS'][b], batch['segment_BS'][b] = row['token_S'], row['segment_S']
+    return batch
+
+
+def pack(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int, what: str = 'the corpus') -> Rows:
+  """Encodes `documents` into one stream and cuts it into rows of `seq_len` targets.
+
+  Args:
+    what: names the documents in errors, such as 'the validation text'.
+
+  Raises:
+    UserError: the stream is shorter than one row.
+  """
+  dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+  parts, lengths = [], []
+  for chunk in _chunks(documents):
+    for ids in tokenizer.encode_batch([document.text for document in chunk]):
+      parts += [np.array([tokenizer.bos_id], dtype), ids.astype(dtype)]
+      lengths.append(1 + len(ids))
+  num_tokens = sum(lengths)
+  if num_tokens < seq_len + 1:
+    raise UserError(
+      f'sequence longer than {what}: data.seq_len = {seq_len} needs {seq_len + 1} tokens, but {what} has only '
+      f'{num_tokens}; lower data.seq_len or give more text'
+    )
+  starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+  return Rows(np.concatenate(parts), starts, seq_len, sum(len(document.text) for document in documents))
+
+
+def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
+  chunk, size = [], 0
+  for document in documents:
+    chunk.append(document)
+    size += len(document.text)
+    if size >= CHUNK_BYTES:
+      yield chunk
+      chunk, size = [], 0
+  if chunk:
+    yield chunk
+
+
+def _padding(num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
+  return {key: np.zeros((num_rows, seq_len + 1), np.int32) for key in ('token_BS', 'segment_BS')}
+
+
+class Batches:
+  """Endless training batches: every epoch holds each row once, in an order of its own; batches run across epochs."""
+
+  def __init__(self, rows: Rows, batch_size: int, seed: int):
+    """Serves `rows` in global batches of `batch_size` rows, in an order that depends on `seed` only."""
+    self.batch_size = batch_size
+    self.rows_per_epoch = len(rows)
+    self._dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+  def rows(self, step: int, lo: int, hi: int) -> dict[str, np.ndarray]:
+    """Rows lo..hi of the global batch of `step` (from 0): `token_BS` and `segment_BS`, int32 [hi-lo, S+1].
+
+    A pure function of (seed, step, lo, hi): processes that each take a part get the same global batch, and resuming
+    needs only the step.
+    """
+    if not (step >= 0 and 0 <= lo < hi <= self.batch_size):
+      raise ValueError(f'rows {lo}..{hi} of step {step} are not within a batch of {self.batch_size} rows')
+    rows = [self._dataset[step * self.batch_size + b] for b in range(lo, hi)]
+    return {f'{key}_BS': np.stack([row[f'{key}_S'] for row in rows]) for key in ('token', 'segment')}
+
+  def epoch(self, step: int) -> float:
+    """Passes over the rows before `step`."""
+    return step * self.batch_size / self.rows_per_epoch

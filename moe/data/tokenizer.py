@@ -1,0 +1,188 @@
+"""Text to token ids and back: raw bytes, a BPE trained on the corpus, or any `tokenizer.json`."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from moe.config import DataConfig
+from moe.data.corpus import Corpus
+from moe.errors import UserError
+from moe.files import write_atomically
+
+BOS_NAMES = ('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>', '<|endoftext|>')
+MIN_BPE_VOCAB = 258  # 256 bytes, BOS and one merge; with less it is the byte tokenizer
+
+
+class Tokenizer(ABC):
+  """Reversible map between UTF-8 text and token ids. BOS starts a document and is added by the caller only."""
+
+  name: str
+  vocab_size: int  # largest id + 1
+  bos_id: int
+
+  @abstractmethod
+  def encode(self, text: bytes) -> np.ndarray:
+    """Token ids, int32 [tokens], without BOS; text that spells a special token is plain text.
+
+    Raises:
+      UserError: `text` is not UTF-8 and the tokenizer works on characters.
+    """
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """`encode` of each text, in parallel where the tokenizer can."""
+    return [self.encode(text) for text in texts]
+
+  @abstractmethod
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of `ids` [tokens]; broken UTF-8 becomes U+FFFD, BOS and ids outside the vocabulary become nothing."""
+
+  @abstractmethod
+  def to_json(self) -> str:
+    """What `save` writes."""
+
+  def save(self, path: str | Path) -> None:
+    """Writes a file from which `load_saved` restores this tokenizer."""
+    write_atomically(Path(path), self.to_json())
+
+
+class ByteTokenizer(Tokenizer):
+  """Ids 0..255 are bytes, 256 is BOS."""
+
+  name = 'byte'
+  vocab_size = 257
+  bos_id = 256
+
+  def encode(self, text: bytes) -> np.ndarray:
+    return np.frombuffer(text, np.uint8).astype(np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return bytes(int(i) for i in ids if 0 <= i < 256).decode('utf-8', errors='replace')
+
+  def to_json(self) -> str:
+    return json.dumps({'type': 'byte'})
+
+
+class JsonTokenizer(Tokenizer):
+  """A tokenizer of the `tokenizers` library."""
+
+  def __init__(self, text: str):
+    """`text`: contents of a tokenizer.json. Raises ValueError if they are not one, UserError without a known BOS."""
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+      raise ValueError(str(error)) from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True  # '<s>' within a document must not become a BOS
+    vocab = self._tokenizer.get_vocab()
+    found = [name for name in BOS_NAMES if name in vocab]
+    if not found:
+      raise UserError(f'tokenizer has no token that could start a document; it needs one of {" ".join(BOS_NAMES)}')
+    self.bos_id = vocab[found[0]]
+    self.vocab_size = max(vocab.values()) + 1
+    self.name = f'{type(self._tokenizer.model).__name__.lower()}-{self.vocab_size}'
+
+  def encode(self, text: bytes) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    try:
+      decoded = [text.decode('utf-8') for text in texts]
+    except UnicodeDecodeError as error:
+      raise UserError(f'tokenizer {self.name} needs UTF-8 text: {error}') from error
+    encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
+    return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+  def to_json(self) -> str:
+    return self._tokenizer.to_str()
+
+
+def cache_dir(data: DataConfig) -> Path:
+  """Folder for derived files: `data.cache_dir`, else moe-lossfree below $XDG_CACHE_HOME or ~/.cache."""
+  if data.cache_dir:
+    return Path(data.cache_dir).expanduser()
+  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree'
+
+
+def load_tokenizer(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
+  """The tokenizer that `data.tokenizer` names, checked to fit a model of `vocab_size` token ids.
+
+  'bpe' is a byte-level BPE of at most `vocab_size` ids, trained on the training documents and cached in
+  `cache_dir(data)`; a corpus with too few distinct pairs yields fewer ids.
+
+  Raises:
+    UserError: `vocab_size` too small, or a missing, unreadable, invalid or corrupt tokenizer file.
+  """
+  if data.tokenizer == 'byte':
+    tokenizer = ByteTokenizer()
+  elif data.tokenizer == 'bpe':
+    tokenizer = _cached_bpe(data, vocab_size, corpus)
+  else:
+    tokenizer = load_saved(data.tokenizer)
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f'tokenizer {data.tokenizer!r} has {tokenizer.vocab_size} token ids, more than model.vocab_size = {vocab_size}; '
+      f'set model.vocab_size to at least {tokenizer.vocab_size}'
+    )
+  return tokenizer
+
+
+def load_saved(path: str | Path) -> Tokenizer:
+  """Restores what `Tokenizer.save` wrote, or reads any tokenizer.json. Raises UserError naming `path`."""
+  path = Path(path).expanduser()
+  try:
+    text = path.read_text('utf-8')
+  except FileNotFoundError as error:
+    message = f"tokenizer {str(path)!r} does not exist; data.tokenizer is 'byte', 'bpe' or the path of a tokenizer.json"
+    raise UserError(message) from error
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'cannot read tokenizer {str(path)!r}: {error}') from error
+  try:
+    if json.loads(text) == {'type': 'byte'}:
+      return ByteTokenizer()
+    return JsonTokenizer(text)
+  except ValueError as error:
+    raise UserError(f'{str(path)!r} is not a valid tokenizer.json: {error}') from error
+  except UserError as error:
+    raise UserError(f'{str(path)!r}: {error}') from error
+
+
+def train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
+  """Byte-level BPE of at most `vocab_size` ids (BOS is id 0) from the training documents; deterministic."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[BOS_NAMES[0]],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator((document.text.decode('utf-8') for document in corpus.train), trainer)
+  return JsonTokenizer(tokenizer.to_str())
+
+
+def _cached_bpe(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
+  if vocab_size < MIN_BPE_VOCAB:
+    raise UserError(
+      f"data.tokenizer = 'bpe' needs model.vocab_size of at least {MIN_BPE_VOCAB} (bytes, BOS and a merge), "
+      f'not {vocab_size}'
+    )
+  path = cache_dir(data) / f'bpe-{vocab_size}-{corpus.digest}' / 'tokenizer.json'
+  if os.path.exists(path):
+    try:
+      return load_saved(path)
+    except UserError as error:
+      raise UserError(f'cached tokenizer is corrupt, delete it: {error}') from error
+  tokenizer = train_bpe(corpus, vocab_size)
+  tokenizer.save(path)
+  return tokenizer
