@@ -1,0 +1,83 @@
+"""What the tests share: 16 virtual CPU devices, a cache of compiled programs, meshes and a tiny model.
+
+Device count, platform and matmul precision must be set before the first array exists, so they are set on import.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe.config import ModelConfig
+from moe.mesh import AXES
+
+DEVICES = 16
+CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree' / 'tests-xla'
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', DEVICES)
+jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(CACHE))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(scope='session')
+def mesh_of():
+  """mesh_of(data=1, expert=1, tensor=1): a mesh over that many of the virtual devices."""
+
+  @functools.cache
+  def mesh_of(data=1, expert=1, tensor=1):
+    shape = (1, data, expert, tensor)
+    devices = jax.devices()[: np.prod(shape)]
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=devices)
+
+  return mesh_of
+
+
+@pytest.fixture(scope='session')
+def tiny_model():
+  """Every feature of the model switched on, in the smallest sizes that still tell the axes apart."""
+  return ModelConfig(
+    vocab_size=40,
+    d_model=16,
+    num_layers=3,
+    num_dense_layers=1,
+    d_ff=12,
+    d_expert=6,
+    num_experts=8,
+    top_k=3,
+    num_groups=4,
+    top_groups=2,
+    route_scale=1.5,
+    num_heads=2,
+    q_lora_rank=7,
+    kv_lora_rank=9,
+    qk_nope_dim=5,
+    qk_rope_dim=4,
+    v_dim=3,
+    yarn_factor=4.0,
+    yarn_original_len=64,
+    mtp_depth=2,
+  )
+
+
+@pytest.fixture(scope='session')
+def fast_jit():
+  """jax.jit for large programs on small arrays: XLA:CPU takes half as long to compile unoptimised."""
+  return functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@pytest.fixture(scope='session')
+def module_of():
+  """module_of(make, params): the NNX module that `make()` declares, holding the pure dict `params` of any shapes."""
+
+  def module_of(make, params):
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+  return module_of

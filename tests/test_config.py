@@ -1,0 +1,369 @@
+"""Every rule of the config: what is rejected, with which words, and what comes back unchanged."""
+
+import dataclasses
+import re
+
+import ml_collections
+import pytest
+
+from moe import config as configs
+from moe import mesh as meshes
+from moe.config import Config, DataConfig, MeshConfig, ModelConfig, from_config_dict, to_config_dict
+from moe.errors import UserError
+
+
+def changed(overrides):
+  """The default config dict with some dotted keys replaced."""
+  config_dict = to_config_dict(Config())
+  with config_dict.ignore_type():
+    config_dict.update_from_flattened_dict(overrides)
+  return config_dict
+
+
+def fields(cls=Config, prefix=''):
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      yield from fields(field.type, prefix + field.name + '.')
+    else:
+      yield prefix + field.name, field.type, field.default
+
+
+# -------------------------------------------------------------------------------------------------------- round trip
+
+# A value that differs from the default for every setting, valid together with all others.
+OTHER = {
+  'model.vocab_size': 1000,
+  'model.d_model': 64,
+  'model.num_layers': 6,
+  'model.num_dense_layers': 2,
+  'model.d_ff': 96,
+  'model.d_expert': 32,
+  'model.num_experts': 32,
+  'model.num_shared_experts': 0,
+  'model.top_k': 3,
+  'model.num_groups': 8,
+  'model.top_groups': 3,
+  'model.score_fn': 'softmax',
+  'model.normalize_gates': False,
+  'model.route_scale': 2.5,
+  'model.capacity_factor': 1.25,
+  'model.attention': 'mha',
+  'model.num_heads': 8,
+  'model.q_lora_rank': 0,
+  'model.kv_lora_rank': 32,
+  'model.qk_nope_dim': 0,
+  'model.qk_rope_dim': 8,
+  'model.v_dim': 16,
+  'model.rope_theta': 500000.0,
+  'model.yarn_factor': 8.0,
+  'model.yarn_original_len': 512,
+  'model.yarn_beta_fast': 16.0,
+  'model.yarn_beta_slow': 2.0,
+  'model.yarn_mscale': 0.7,
+  'model.mtp_depth': 0,
+  'model.tie_embeddings': True,
+  'model.norm_eps': 1e-5,
+  'model.init_std': 0.006,
+}
+SAME_AS_DEFAULT = {'model.q_lora_rank'}  # mha allows no other
+
+
+def test_round_trip_of_defaults():
+  assert from_config_dict(to_config_dict(Config())) == Config()
+
+
+def test_round_trip_of_every_model_setting():
+  config = from_config_dict(changed(OTHER))
+  assert dataclasses.asdict(config.model) == {key.removeprefix('model.'): value for key, value in OTHER.items()}
+  assert from_config_dict(to_config_dict(config)) == config
+  unchanged = {name for name, _, default in fields(ModelConfig, 'model.') if OTHER[name] == default}
+  assert unchanged == SAME_AS_DEFAULT
+
+
+def test_a_plain_dict_with_some_keys_is_enough():
+  config = from_config_dict({'model': {'top_k': 2}, 'dispatch': 'local'})
+  assert config == Config(model=ModelConfig(top_k=2), dispatch='local')
+
+
+def test_integers_become_floats():
+  rate = from_config_dict(changed({'optimizer.learning_rate': 1})).optimizer.learning_rate
+  assert isinstance(rate, float)
+  assert rate == 1
+
+
+@pytest.mark.parametrize(
+  ('dense', 'mtp', 'vocab', 'expected'), [(1, 1, 257, (3, 4, 384)), (0, 0, 256, (4, 4, 256)), (3, 2, 1, (1, 3, 128))]
+)
+def test_derived_sizes(dense, mtp, vocab, expected):
+  model = ModelConfig(num_layers=4, num_dense_layers=dense, mtp_depth=mtp, vocab_size=vocab)
+  assert (model.num_moe_layers, model.num_routers, model.padded_vocab) == expected
+
+
+# ----------------------------------------------------------------------------------------------- command-line argument
+
+
+def test_argument_overrides():
+  arg = 'train.seed=3,balance.bias_rule=none,optimizer.learning_rate=2e-4,model.tie_embeddings=true,dispatch=local'
+  config = from_config_dict(to_config_dict(Config(), arg))
+  assert (config.train.seed, config.balance.bias_rule, config.optimizer.learning_rate) == (3, 'none', 2e-4)
+  assert config.model.tie_embeddings is True
+  assert config.dispatch == 'local'
+  assert to_config_dict(Config(), '') == to_config_dict(Config())
+
+
+def test_argument_values_may_hold_equals_signs():
+  assert to_config_dict(Config(), 'train.sample_prompt=x = ').train.sample_prompt == 'x = '
+
+
+@pytest.mark.parametrize(
+  ('arg', 'fragment'),
+  [
+    ('train.sed=3', "unknown key 'train.sed'"),
+    ('trian.seed=3', "unknown key 'trian.seed'"),
+    ('train.seed.more=3', "unknown key 'train.seed.more'"),
+    ('train.seed', 'must look like train.seed=3'),
+    ('train=3', 'must look like train.seed=3'),
+    ('train.seed=three', "config train.seed = 'three' must be of type int"),
+    ('train.seed=1.5', "config train.seed = '1.5' must be of type int"),
+    ('optimizer.learning_rate=fast', "config optimizer.learning_rate = 'fast' must be of type float"),
+    ('model.tie_embeddings=yes', "model.tie_embeddings = 'yes' must be one of true, false"),
+  ],
+)
+def test_bad_arguments(arg, fragment):
+  with pytest.raises(UserError, match=re.escape(fragment)):
+    to_config_dict(Config(), arg)
+
+
+# --------------------------------------------------------------------------------------------------- keys and types
+
+
+@pytest.mark.parametrize(
+  ('values', 'fragment'),
+  [
+    ({'modle': {}}, "unknown config key 'modle'; the nearest valid one is 'model'"),
+    (
+      {'model': {'num_expert': 8}},
+      "unknown config key 'model.num_expert'; the nearest valid one is 'model.num_experts'",
+    ),
+    ({'train': {'sede': 8}}, "unknown config key 'train.sede'; the nearest valid one is 'train.seed'"),
+    ({'train': {'': 8}}, "unknown config key 'train.'; the nearest valid one is 'train."),
+    ({'train': 3}, 'config train is a section and cannot be set to 3'),
+  ],
+)
+def test_unknown_keys(values, fragment):
+  with pytest.raises(UserError, match=re.escape(fragment)):
+    from_config_dict(values)
+
+
+@pytest.mark.parametrize(('name', 'kind'), [(name, kind) for name, kind, _ in fields()])
+def test_wrong_types(name, kind):
+  section, _, key = name.rpartition('.')
+  for wrong in {int: [1.5, '1', True, None], float: ['1', True, None], str: [1, None], bool: [1, 'true']}[kind]:
+    # A plain dict: a ConfigDict turns a bool into a float by itself.
+    values = {section: {key: wrong}} if section else {key: wrong}
+    with pytest.raises(UserError, match=rf'config {name} = .* has type \w+; it must be of type {kind.__name__}'):
+      from_config_dict(values)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_numbers_are_finite(value):
+  with pytest.raises(UserError, match=r'optimizer.learning_rate = .* must be a finite number'):
+    from_config_dict(changed({'optimizer.learning_rate': value}))
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+MHA = {'model.attention': 'mha', 'model.qk_nope_dim': 0}
+ONE_OF = {
+  'model.score_fn': ('sigmoid', 'softmax'),
+  'model.attention': ('mla',),  # mha needs more changes
+  'balance.bias_rule': ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile'),
+  'balance.aux_loss': ('none', 'switch', 'sequence'),
+  'balance.aux_scope': ('microbatch', 'global_batch'),
+  'train.remat': ('none', 'dots', 'full'),
+  'optimizer.schedule': ('wsd', 'cosine'),
+  'optimizer.moments': ('float32', 'bfloat16'),
+  'precision.compute': ('float32', 'bfloat16'),
+  'precision.matmul': ('default', 'highest'),
+  'dispatch': ('auto', 'local', 'all_gather', 'all_to_all', 'ragged'),
+  'grouped_matmul': ('auto', 'blocked', 'ragged_dot'),
+}
+LEAST = {
+  1: 'model.vocab_size model.d_model model.num_layers model.d_ff model.d_expert model.num_experts model.top_k '
+  'model.num_groups model.top_groups model.num_heads model.v_dim model.yarn_original_len model.kv_lora_rank '
+  'model.qk_nope_dim train.steps train.batch_size train.microbatches train.log_every mesh.num_processes '
+  'checkpoint.keep model.yarn_factor',
+  0: 'model.num_dense_layers model.num_shared_experts model.capacity_factor model.q_lora_rank model.mtp_depth '
+  'balance.gamma balance.aux_alpha balance.z_loss balance.smebu_kappa train.seed train.mtp_weight train.eval_every '
+  'train.eval_sequences train.sample_tokens optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay '
+  'optimizer.clip_norm optimizer.eps mesh.pipe mesh.data mesh.expert mesh.tensor mesh.cpu_devices mesh.process_id '
+  'checkpoint.every_steps',
+  2: 'data.seq_len',
+}
+FRACTIONS = (
+  'balance.gamma_off_fraction balance.smebu_beta optimizer.decay_fraction optimizer.final_lr_fraction '
+  'optimizer.beta1 optimizer.beta2'
+)
+KINDS = {name: kind for name, kind, _ in fields()}
+
+
+@pytest.mark.parametrize(('name', 'valid'), ONE_OF.items())
+def test_choices(name, valid):
+  for value in valid:
+    from_config_dict(changed({name: value}))
+  with pytest.raises(UserError, match=re.escape(f"config {name} = 'other' must be one of ")):
+    from_config_dict(changed({name: 'other'}))
+
+
+@pytest.mark.parametrize(('name', 'least'), [(name, least) for least, names in LEAST.items() for name in names.split()])
+def test_lower_bounds(name, least):
+  with pytest.raises(UserError, match=re.escape(f'config {name} = {KINDS[name](least - 1)} must be at least {least}')):
+    from_config_dict(changed({name: least - 1}))
+
+
+@pytest.mark.parametrize('name', FRACTIONS.split())
+def test_fractions(name):
+  for value in (-0.1, 1.1):
+    with pytest.raises(UserError, match=re.escape(f'config {name} = {value} must be between 0 and 1')):
+      from_config_dict(changed({name: value}))
+  for value in (0.0, 1.0):
+    from_config_dict(changed({name: value}))
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'fragment'),
+  [
+    ({'model.num_dense_layers': 4}, 'model.num_dense_layers = 4 must be below model.num_layers = 4'),
+    ({'model.num_groups': 3}, 'model.num_experts = 16 must be divisible by model.num_groups = 3'),
+    ({'model.top_groups': 2}, 'model.top_groups = 2 must be at most model.num_groups = 1'),
+    ({'model.num_groups': 16, 'model.top_groups': 4}, 'model.num_groups = 16 leaves 1 expert per group'),
+    ({'model.top_k': 17}, 'model.top_k = 17 is larger than the 16 experts'),
+    ({'model.top_k': 5, 'model.num_groups': 4, 'model.top_groups': 1}, 'model.top_k = 5 is larger than the 4 experts'),
+    ({'model.qk_rope_dim': 5}, 'model.qk_rope_dim = 5 must be even and at least 2'),
+    ({'model.qk_rope_dim': 0}, 'model.qk_rope_dim = 0 must be even and at least 2'),
+    ({'model.attention': 'mha'}, 'set model.qk_nope_dim = 32 and model.q_lora_rank = 0 to 0'),
+    (MHA | {'model.q_lora_rank': 8}, 'set model.qk_nope_dim = 0 and model.q_lora_rank = 8 to 0'),
+    ({'model.yarn_beta_fast': 1.0}, 'model.yarn_beta_fast = 1.0 must be above model.yarn_beta_slow = 1.0'),
+    (
+      {'model.yarn_beta_slow': 0.0},
+      'model.yarn_beta_fast = 32.0 must be above model.yarn_beta_slow = 0.0, and both above 0',
+    ),
+    *(({f'model.{name}': 0.0}, f'model.{name} = 0.0 must be above 0') for name in ('rope_theta', 'norm_eps')),
+    *(({f'model.{name}': -1.0}, f'model.{name} = -1.0 must be above 0') for name in ('init_std', 'route_scale')),
+    (
+      {'balance.bias_rule': 'quantile', 'model.num_groups': 4, 'model.top_groups': 4},
+      "balance.bias_rule = 'quantile' needs model.num_groups = 1, not 4",
+    ),
+    ({'balance.bias_rule': 'quantile', 'model.top_k': 16}, "'quantile' needs model.top_k = 16 below model.num_experts"),
+    ({'train.microbatches': 3}, 'train.batch_size = 16 must be divisible by train.microbatches = 3'),
+    ({'data.seq_len': 3, 'model.mtp_depth': 2}, 'data.seq_len = 3 leaves no target for model.mtp_depth = 2'),
+    ({'data.val_fraction': 0.0}, 'data.val_fraction = 0.0 must be between 0 and 1'),
+    ({'data.val_fraction': 1.0}, 'data.val_fraction = 1.0 must be between 0 and 1'),
+    (
+      {'mesh.num_processes': 2, 'mesh.process_id': 2, 'mesh.coordinator': 'a:1'},
+      'mesh.process_id = 2 must be below mesh.num_processes = 2',
+    ),
+    ({'mesh.num_processes': 2}, "mesh.num_processes = 2 and mesh.coordinator = '' disagree"),
+    ({'mesh.coordinator': 'a:1'}, "mesh.num_processes = 1 and mesh.coordinator = 'a:1' disagree"),
+    *(
+      ({'train.profile_steps': text}, f'train.profile_steps = {text!r} must look like')
+      for text in ('5', '5:', ':5', '7:5', 'a:b', '-1:5', '1.0:2')
+    ),
+  ],
+)
+def test_combinations_that_cannot_run(overrides, fragment):
+  with pytest.raises(UserError, match=re.escape(fragment)):
+    from_config_dict(changed(overrides))
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    MHA,
+    {'model.num_groups': 8, 'model.top_groups': 2, 'model.top_k': 4},  # exactly as many as two groups of two hold
+    {'model.top_k': 16},
+    {'data.seq_len': 4, 'model.mtp_depth': 2},
+    {'mesh.num_processes': 2, 'mesh.process_id': 1, 'mesh.coordinator': 'a:1'},
+    {'balance.bias_rule': 'quantile', 'model.top_k': 15},
+    {'train.profile_steps': '5:5'},
+  ],
+)
+def test_combinations_at_the_border(overrides):
+  from_config_dict(changed(overrides))
+
+
+@pytest.mark.parametrize(('text', 'expected'), [('', []), ('10:12', [10, 11, 12]), ('0:0', [0])])
+def test_profile_range(text, expected):
+  assert list(configs.profile_range(text)) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------- mesh
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'expected'),
+  [
+    (MeshConfig(), (1, 1, 1, 1)),
+    (MeshConfig(data=2, tensor=4), (1, 2, 1, 4)),
+    (MeshConfig(preset='h20x16'), (2, 1, 8, 1)),
+    (MeshConfig(preset='h20x16_ep'), (1, 1, 16, 1)),
+    (MeshConfig(preset='h20x16_serve'), (2, 1, 1, 8)),
+    (MeshConfig(preset='h20x16', pipe=1, data=2), (1, 2, 8, 1)),
+  ],
+)
+def test_mesh_shape(mesh, expected):
+  assert meshes.mesh_shape(mesh) == expected
+
+
+def test_unknown_preset():
+  with pytest.raises(UserError, match=r"mesh.preset = 'h100' must be one of local, h20x16, h20x16_ep, h20x16_serve"):
+    meshes.mesh_shape(MeshConfig(preset='h100'))
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'shape', 'fragment'),
+  [
+    ({}, (2, 1, 1, 1), 'mesh.pipe = 2: pipeline parallelism is not built yet'),
+    ({}, (1, 1, 3, 1), 'model.num_experts = 16 must be divisible by the expert axis of the mesh, 3'),
+    ({}, (1, 1, 1, 3), 'model.num_heads = 4 must be divisible by the tensor axis of the mesh, 3'),
+    ({'model.num_heads': 8, 'model.d_ff': 100}, (1, 1, 1, 8), 'model.d_ff = 100 must be divisible by the tensor axis'),
+    ({'model.d_expert': 6}, (1, 1, 1, 4), 'model.d_expert = 6 must be divisible by the tensor axis of the mesh, 4'),
+    (
+      {'model.num_heads': 9, 'model.d_expert': 9},
+      (1, 1, 1, 9),
+      'model.d_ff = 384 must be divisible by the tensor axis of the mesh, 9',
+    ),
+    (
+      {'model.num_heads': 9, 'model.d_expert': 9, 'model.d_ff': 9, 'model.vocab_size': 128},
+      (1, 1, 1, 9),
+      'the padded vocabulary = 128 must be divisible by the tensor axis of the mesh, 9',
+    ),
+    ({}, (1, 3, 1, 1), 'train.batch_size = 16 must be divisible by data x expert x train.microbatches = 3 x 1 x 1 = 3'),
+    ({'train.microbatches': 8}, (1, 2, 2, 1), 'data x expert x train.microbatches = 2 x 2 x 8 = 32'),
+    ({'dispatch': 'local'}, (1, 1, 2, 1), "dispatch = 'local' works on one expert shard, and the mesh has 2"),
+  ],
+)
+def test_meshes_that_do_not_fit(overrides, shape, fragment):
+  config = from_config_dict(changed(overrides))
+  with pytest.raises(UserError, match=re.escape(fragment)):
+    meshes.validate_mesh(config, shape)
+
+
+def test_meshes_that_fit():
+  for shape in ((1, 1, 1, 1), (1, 4, 4, 1), (1, 1, 16, 1), (1, 2, 2, 4)):
+    meshes.validate_mesh(Config(), shape)
+  meshes.validate_mesh(dataclasses.replace(Config(), dispatch='local'), (1, 2, 1, 2))
+
+
+def test_make_mesh():
+  config = Config(mesh=MeshConfig(data=2, expert=4, tensor=2))
+  assert dict(meshes.make_mesh(config).shape) == {'pipe': 1, 'data': 2, 'expert': 4, 'tensor': 2}
+  with pytest.raises(UserError, match=r'data 8, expert 2, tensor 2.* needs 32 devices'):
+    meshes.make_mesh(dataclasses.replace(config, mesh=MeshConfig(data=8, expert=2, tensor=2)))
+
+
+def test_config_is_frozen_and_hashable():
+  assert hash(Config()) == hash(Config(data=DataConfig()))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().dispatch = 'local'
+  assert isinstance(to_config_dict(Config()), ml_collections.ConfigDict)

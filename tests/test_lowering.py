@@ -1,0 +1,135 @@
+"""The train step of the real DeepSeek-V3 traces and lowers for CUDA on meshes of GPUs that are not here."""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_configs import load
+
+from moe import mesh, state, step
+
+
+class Collective(NamedTuple):
+  """kind: such as all_gather. groups: (how many, of how many devices). shape, dtype: of the data, per device."""
+
+  kind: str
+  groups: tuple[int, int]
+  shape: tuple[int, ...]
+  dtype: str
+
+
+def lower(config, shape):
+  """The train step as a module for CUDA on a mesh of this shape."""
+  abstract = mesh.abstract_mesh(shape)
+  mesh.validate_mesh(config, shape)
+  config = step.resolve(config, abstract, 'gpu')
+  micro = config.train.microbatches
+  rows = jax.ShapeDtypeStruct((micro, config.train.batch_size // micro, config.data.seq_len + 1), jnp.int32)
+  made = step.make_train_step(config, abstract)
+  lowered = made.trace(state.abstract(config), {'token_BS': rows, 'segment_BS': rows}).lower(
+    lowering_platforms=('cuda',)
+  )
+  return lowered.compiler_ir()
+
+
+def operations(operation):
+  """An operation and all within it."""
+  yield operation
+  for region in operation.regions:
+    for block in region:
+      for inner in block:
+        yield from operations(inner.operation)
+
+
+def groups_of(attribute, shape):
+  """(how many groups, of how many devices): listed by jax 0.10, given as the axes of the mesh from 0.11 on."""
+  axes = re.findall(r'name = "(\w+)"', str(attribute))
+  if not axes:
+    return tuple(attribute.type.shape)
+  size = math.prod(shape[mesh.AXES.index(axis)] for axis in axes)
+  return math.prod(shape) // size, size
+
+
+def collectives(module, shape):
+  """Every collective of the module, once for each place it stands at: a loop's body counts once."""
+  found = []
+  for operation in operations(module.operation):
+    attributes, kind = operation.attributes, operation.name.removeprefix('stablehlo.')
+    if kind == 'custom_call':  # ragged_all_to_all is one
+      kind = attributes['call_target_name'].value
+      attributes = attributes.get('backend_config', {})
+    if 'replica_groups' in attributes:
+      data = operation.operands[0].type
+      found.append(
+        Collective(kind, groups_of(attributes['replica_groups'], shape), tuple(data.shape), str(data.element_type))
+      )
+  return found
+
+
+def v3(dispatch, batch_size, microbatches, **model):
+  config = load('deepseek_v3')
+  train = dataclasses.replace(config.train, batch_size=batch_size, microbatches=microbatches)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, **model),
+    train=train,
+    dispatch=dispatch,
+    grouped_matmul='ragged_dot',
+  )
+
+
+def total(found, kind, groups):
+  """Numbers that all such collectives take in per device."""
+  return sum(math.prod(item.shape) for item in found if (item.kind, item.groups) == (kind, groups))
+
+
+def test_v3_lowers_for_2048_gpus_with_its_tokens_sent_to_their_experts_only():
+  """data 32 x expert 64: 4 of 256 experts per GPU, as the paper has it within a pipeline stage."""
+  shape = (1, 32, 64, 1)
+  module = lower(v3('ragged', 4096, 2), shape)
+  assert module.operation.attributes['mhlo.num_partitions'].value == 2048
+  found = collectives(module, shape)
+  over_expert, over_data = (32, 64), (64, 32)
+  sent = [item for item in found if item.kind == 'ragged_all_to_all']
+  # There and back, forward, recomputed and backward; in the body of the scan over layers and in the MTP module.
+  assert len(sent) == 2 * 3 * 2
+  # 4096 tokens go to 8 experts each; at worst all GPUs of a group send 4 copies of each token to one of them.
+  assert {(item.groups, item.shape, item.dtype) for item in sent} == {
+    (over_expert, (rows, 7168), 'bf16') for rows in (4096 * 8, 64 * 4096 * 4)
+  }
+  # Besides, GPUs tell one another how many rows come, and nothing more.
+  rest = [item for item in found if item.groups == over_expert and item.kind != 'ragged_all_to_all']
+  assert {(item.kind, item.dtype) for item in rest} == {('all_to_all', 'i32')}
+  assert max(math.prod(item.shape) for item in rest) == 256
+  # Weights of experts are gathered in bfloat16 and their gradients reduced in float32, each once.
+  held = 59 * 4 * 3 * 7168 * 2048
+  assert total(found, 'all_gather', over_data) * 32 == total(found, 'reduce_scatter', over_data) == held
+  assert {item.dtype for item in found if item.kind == 'all_gather'} == {'bf16'}
+  assert {item.dtype for item in found if item.kind == 'reduce_scatter'} == {'f32'}
+
+
+@pytest.mark.parametrize(
+  ('dispatch', 'kinds'), [('all_to_all', {'all_to_all'}), ('auto', {'all_gather', 'reduce_scatter'})]
+)
+def test_v3_lowers_for_16_gpus_with_the_other_dispatches(dispatch, kinds):
+  """Shown too: a gather of tokens over the expert axis is seen where there is one."""
+  config = v3(dispatch, 15360, 960, mtp_depth=0)
+  shape = (1, 2, 8, 1)
+  module = lower(config, shape)
+  assert module.operation.attributes['mhlo.num_partitions'].value == 16
+  found = collectives(module, shape)
+  over_expert, over_data, over_both = (2, 8), (8, 2), (1, 16)
+  tokens = {item.kind for item in found if item.groups == over_expert and item.shape[-1] == 7168}
+  assert tokens == kinds
+  assert {item.kind for item in found if item.groups == over_expert} == kinds
+  # All weights but the experts' are gathered over both batch axes once, and so are gradients reduced.
+  sizes = collections.Counter()
+  for path, leaf in jax.tree.leaves_with_path(state.abstract(config).params):
+    sizes['experts' if 'experts' in jax.tree_util.keystr(path) else 'others'] += leaf.size
+  assert total(found, 'all_gather', over_both) * 16 == total(found, 'reduce_scatter', over_both) == sizes['others']
+  assert total(found, 'all_gather', over_data) * 2 == total(found, 'reduce_scatter', over_data) == sizes['experts'] // 8

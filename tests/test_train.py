@@ -1,0 +1,376 @@
+"""The training command from outside: interruption, resumption, other meshes, and every kind of bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from moe import loop
+from moe.checkpoint import Checkpoints, abstract_like
+from moe.config import Config, from_config_dict, to_config_dict
+from moe.errors import UserError
+from moe.mesh import make_mesh
+from moe.state import abstract, shardings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMES = ('tokens_per_s', 'step_s')
+SMALL = {
+  'model.d_model': 32,
+  'model.num_layers': 2,
+  'model.d_ff': 64,
+  'model.d_expert': 32,
+  'model.num_experts': 8,
+  'model.top_k': 2,
+  'model.kv_lora_rank': 16,
+  'model.qk_nope_dim': 8,
+  'model.qk_rope_dim': 8,
+  'model.v_dim': 8,
+  'model.mtp_depth': 0,
+  'data.seq_len': 32,
+  'data.val_fraction': 0.1,
+  'train.steps': 12,
+  'train.batch_size': 16,
+  'train.eval_every': 4,
+  'train.eval_sequences': 16,
+  'train.sample_tokens': 3,
+  'optimizer.warmup_steps': 2,
+  'checkpoint.every_steps': 4,
+  'precision.matmul': 'highest',
+}
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('corpus')
+  rng = np.random.default_rng(0)
+  for name in range(20):
+    words = rng.choice(['def ', 'return ', 'x', 'y', ' = ', '(', ')', '\n', 'import '], 400)
+    (folder / f'{name:02}.py').write_text(''.join(words))
+  return folder
+
+
+def flags(corpus, **changes):
+  return [f'--config.{key}={value}' for key, value in (SMALL | {'data.paths': corpus} | changes).items()]
+
+
+def config(corpus, **changes) -> Config:
+  settings = to_config_dict(Config())
+  for key, value in (SMALL | {'data.paths': str(corpus)} | changes).items():
+    section, name = key.split('.')
+    settings[section][name] = value
+  return from_config_dict(settings)
+
+
+def command(workdir, arguments):
+  return [sys.executable, 'experiments/train.py', '--config=configs/default.py', f'--workdir={workdir}', *arguments]
+
+
+def environment():
+  """As on a fresh machine, but with the tests' compilation cache."""
+  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'XLA_'))}
+  return keep | {'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir), 'JAX_PLATFORMS': 'cpu'}
+
+
+def run(workdir, arguments):
+  return subprocess.run(
+    command(workdir, arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+  )
+
+
+def rows(workdir, name='metrics'):
+  lines = (pathlib.Path(workdir) / f'{name}.jsonl').read_text().splitlines()
+  return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope='module')
+def finished(corpus, tmp_path_factory):
+  """A run of 12 steps that nobody disturbed, from the command line."""
+  workdir = tmp_path_factory.mktemp('run') / 'plain'
+  result = run(workdir, flags(corpus))
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+def test_a_run_leaves_everything_behind(finished):
+  assert [row['step'] for row in rows(finished)] == list(range(1, 13))
+  assert [row['step'] for row in rows(finished, 'evals')] == [4, 8, 12]
+  history = rows(finished, 'load_history')
+  assert all(0 < np.sum(row['load_LE']) <= 16 * 32 * 2 for row in history)
+  assert max(np.sum(row['load_LE']) for row in history) == 16 * 32 * 2
+  assert all(
+    {'loss', 'max_vio_batch', 'bias_min', 'gate_entropy', 'grad_norm/router'} <= row.keys() for row in rows(finished)
+  )
+  summary = json.loads((finished / 'summary.json').read_text())
+  for key in ('val_bits_per_byte', 'trigram_bits_per_byte', 'gzip_bits_per_byte', 'max_vio_global'):
+    assert np.isfinite(summary[key])
+  assert summary['finished']
+  info = json.loads((finished / 'config.json').read_text())
+  assert info['config']['model']['d_model'] == 32
+  assert info['versions']['jax'] == jax.__version__
+  assert 'experiments/train.py' in info['command']
+  assert (finished / 'report.html').stat().st_size > 10_000
+  assert (finished / 'sample.txt').read_text().startswith('def ')
+  assert list((finished / 'tensorboard').iterdir())
+  assert rows(finished)[-1]['loss'] < rows(finished)[0]['loss']
+
+
+def interrupted(workdir, corpus, rows_first, number):
+  """Starts a run, sends it a signal once it has logged some rows, and returns its exit status and stderr."""
+  process = subprocess.Popen(
+    command(workdir, flags(corpus)), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+  )
+  metrics, deadline = workdir / 'metrics.jsonl', time.monotonic() + 200
+  while process.poll() is None and time.monotonic() < deadline:
+    if metrics.exists() and metrics.read_bytes().count(b'\n') >= rows_first:
+      break
+    time.sleep(0.005)
+  process.send_signal(number)
+  return process.wait(), process.communicate()[1]
+
+
+def test_kill_9_and_again_gives_the_same_numbers(finished, corpus, tmp_path):
+  status, _ = interrupted(tmp_path, corpus, 6, signal.SIGKILL)
+  assert status == -signal.SIGKILL, 'the run must still have been going'
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 99, "loss"')  # what a crash in mid-write leaves
+  result = run(tmp_path, flags(corpus))
+  assert result.returncode == 0, result.stderr
+  for name in ('metrics', 'load_history', 'evals'):
+    assert rows(tmp_path, name) == rows(finished, name)
+
+
+def test_sigterm_saves_and_the_same_command_continues(finished, corpus, tmp_path):
+  status, said = interrupted(tmp_path, corpus, 2, signal.SIGTERM)
+  assert status == 0
+  assert 'the same command continues' in said
+  stopped = [row['step'] for row in rows(tmp_path)]
+  assert stopped == list(range(1, len(stopped) + 1))
+  assert len(stopped) < 12
+  assert (tmp_path / 'checkpoints' / str(len(stopped))).is_dir()
+  assert run(tmp_path, flags(corpus)).returncode == 0
+  assert rows(tmp_path) == rows(finished)
+
+
+def test_checkpoint_continues_on_another_mesh(finished, corpus, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(finished, copy)
+  for step in ('8', '12'):
+    if step == '12':
+      shutil.rmtree(copy / 'checkpoints' / step)
+  settings = config(corpus, **{'mesh.data': 2, 'mesh.expert': 4, 'mesh.tensor': 2})
+  assert loop.train(settings, str(copy))['finished']
+  again, before = rows(copy), rows(finished)
+  assert [row['step'] for row in again] == list(range(1, 13))
+  assert again[:8] == before[:8]
+  np.testing.assert_allclose([row['loss'] for row in again], [row['loss'] for row in before], rtol=1e-5)
+  assert rows(copy, 'load_history')[8] == rows(finished, 'load_history')[8]
+
+
+def test_two_processes_train_like_one(finished, corpus, tmp_path):
+  shape = {'mesh.data': 2, 'mesh.expert': 4, 'mesh.cpu_devices': 4, 'train.steps': 4}
+  address = f'localhost:{20000 + os.getpid() % 20000}'
+  processes = [
+    subprocess.Popen(
+      command(
+        tmp_path,
+        flags(corpus, **shape, **{'mesh.coordinator': address, 'mesh.num_processes': 2, 'mesh.process_id': process_id}),
+      ),
+      cwd=ROOT,
+      env=environment(),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for process_id in range(2)
+  ]
+  errors = [process.communicate(timeout=300)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], errors
+  one, two = rows(finished), rows(tmp_path)
+  assert [row['step'] for row in two] == [1, 2, 3, 4]
+  # The learning-rate schedule differs with train.steps after the warm-up; the first two steps do not.
+  np.testing.assert_allclose([row['loss'] for row in two[:2]], [row['loss'] for row in one[:2]], rtol=1e-6)
+  assert rows(tmp_path, 'load_history')[0] == rows(finished, 'load_history')[0]
+
+
+def test_bias_stays_float32_through_the_checkpoint(finished, corpus):
+  settings = config(corpus)
+  mesh = make_mesh(settings)
+  like = abstract_like(abstract(settings), shardings(settings, mesh))
+  checkpoints = Checkpoints(finished, keep=2)
+  state, meta = checkpoints.restore(12, like)
+  checkpoints.close()
+  bias_LE = np.asarray(state.balance['bias_LE'])
+  assert bias_LE.dtype == np.float32
+  steps = np.zeros_like(bias_LE)
+  for row in rows(finished, 'load_history'):
+    load_LE = np.array(row['load_LE'], np.float64)
+    steps += np.sign(load_LE.mean(1, keepdims=True) - load_LE)
+  np.testing.assert_allclose(bias_LE, steps * settings.balance.gamma, rtol=1e-5, atol=1e-9)
+  assert np.abs(bias_LE).max() > 0
+  assert meta['step'] == int(state.step) == 12
+  assert meta['data']['next_batch'] == 12
+
+
+def test_warm_start_takes_weights_and_bias_but_not_the_step(finished, corpus, tmp_path):
+  settings = config(corpus, **{'train.init_from': str(finished), 'train.steps': 1, 'train.eval_every': 0})
+  loop.train(settings, str(tmp_path))
+  first = rows(tmp_path)[0]
+  assert first['step'] == 1
+  assert first['loss'] < rows(finished)[0]['loss'] - 0.3
+  assert first['bias_max'] > settings.balance.gamma * 2
+
+
+def test_profile_writes_a_trace(corpus, tmp_path):
+  loop.train(config(corpus, **{'train.steps': 3, 'train.profile_steps': '2:2', 'train.eval_every': 0}), str(tmp_path))
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
+  settings = config(corpus, **{'optimizer.learning_rate': 1e30, 'optimizer.warmup_steps': 0, 'train.eval_every': 0})
+  with pytest.raises(UserError, match=r'step \d+: loss .*not finite; (no checkpoint yet|the last good checkpoint)'):
+    loop.train(settings, str(tmp_path))
+  assert all(np.isfinite(row['loss']) for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'model.d_expert': 64}, r'model\.d_expert = 32 and cannot continue with 64'),
+    ({'train.seed': 1}, r'train\.seed = 0 and cannot continue with 1'),
+    ({'data.seq_len': 16}, r'data\.seq_len = 32 and cannot continue with 16'),
+    ({'balance.bias_rule': 'smebu'}, r"balance\.bias_rule = 'sign' and cannot continue"),
+  ],
+)
+def test_a_run_cannot_go_on_with_other_settings(finished, corpus, changes, message):
+  before = (finished / 'config.json').read_bytes()
+  with pytest.raises(UserError, match=message):
+    loop.train(config(corpus, **changes), str(finished))
+  assert (finished / 'config.json').read_bytes() == before
+
+
+def test_other_text_under_the_same_path_is_refused(finished, corpus, tmp_path):
+  copy, text = tmp_path / 'copy', tmp_path / 'text'
+  shutil.copytree(finished, copy)
+  shutil.copytree(corpus, text)
+  (text / '00.py').write_text('changed = True\n' * 50)
+  info = json.loads((copy / 'config.json').read_text())
+  info['config']['data']['paths'] = str(text)
+  (copy / 'config.json').write_text(json.dumps(info))
+  with pytest.raises(UserError, match='began with other text'):
+    loop.train(config(text), str(copy))
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'foreign', 'other shapes', 'no meta'])
+def test_damaged_and_foreign_checkpoints(finished, corpus, tmp_path, damage):
+  copy = tmp_path / 'copy'
+  shutil.copytree(finished, copy)
+  step, settings = copy / 'checkpoints' / '12', config(corpus)
+  if damage == 'truncated':
+    victim = largest_file(step / 'params')
+    victim.write_bytes(victim.read_bytes()[:100])
+  elif damage == 'foreign':
+    (step / 'meta' / 'metadata').write_text(json.dumps({'format': 'something else'}))
+  elif damage == 'no meta':
+    shutil.rmtree(step / 'meta')
+  else:
+    info = json.loads((copy / 'config.json').read_text())
+    info['config']['model']['d_expert'] = 16
+    (copy / 'config.json').write_text(json.dumps(info))
+    settings = config(corpus, **{'model.d_expert': 16})
+  message = {'foreign': 'not of this program', 'other shapes': 'does not fit the model'}.get(
+    damage, 'damaged or foreign'
+  )
+  with pytest.raises(UserError, match=message):
+    loop.train(settings, str(copy))
+  assert step.is_dir()
+
+
+def test_workdir_that_cannot_be_written(corpus, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='is a file; choose a folder'):
+    loop.train(config(corpus), str(tmp_path / 'file'))
+  with pytest.raises(UserError, match='not writable'):
+    loop.train(config(corpus), str(tmp_path / 'file' / 'below'))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of one megabyte."""
+  folder = tmp_path / 'small'
+  folder.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', folder], capture_output=True)
+  if mounted.returncode:
+    pytest.skip('needs the right to mount a tmpfs (root on Linux)')
+  yield folder
+  subprocess.run(['umount', folder], check=True)
+
+
+def test_full_disk_is_one_line_and_leaves_no_half_checkpoint(corpus, small_disk):
+  settings = config(corpus, **{'model.d_expert': 128, 'train.steps': 1, 'train.eval_every': 0})
+  with pytest.raises(
+    UserError, match=r'cannot write a checkpoint .* needs [\d,]+ bytes .* has [\d,]+ free; there is no'
+  ):
+    loop.train(settings, str(small_disk / 'run'))
+  assert not list((small_disk / 'run' / 'checkpoints').iterdir())
+  assert not (small_disk / 'run' / 'summary.json').exists()
+
+
+def test_a_write_that_fails_half_way_ends_the_run(corpus, tmp_path):
+  """The disk fills up while a checkpoint is being written: here, no file may grow past 60 kB."""
+  settings = flags(
+    corpus, **{'model.d_expert': 128, 'train.steps': 3, 'checkpoint.every_steps': 2, 'train.eval_every': 0}
+  )
+  environ = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  limited = ['sh', '-c', 'ulimit -f 117; exec "$@"', 'sh', *command(tmp_path, settings)]  # blocks of 512 bytes
+  result = subprocess.run(limited, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+  assert result.returncode == 2
+  assert '\nerror: cannot write a checkpoint' in result.stderr
+  assert 'there is no complete checkpoint' in result.stderr
+  assert not [path for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()]
+  assert not (tmp_path / 'summary.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--config.model.num_expert=8'], 'num_expert'),
+    (['--config.train.steps=many'], 'many'),
+    (['--config.data.paths=/no/such/file.txt'], '/no/such/file.txt'),
+    (['--config.mesh.pipe=2'], 'mesh.pipe = 2'),
+    (['--config.mesh.expert=4'], 'mesh.cpu_devices=4'),
+    (['extra'], "unexpected argument 'extra'"),
+  ],
+)
+def test_bad_command_lines_are_one_line(tmp_path, arguments, message):
+  result = run(tmp_path / 'run', arguments)
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_sequence_longer_than_the_text(tmp_path, corpus):
+  with pytest.raises(UserError, match='sequence longer than'):
+    loop.train(config(corpus, **{'data.seq_len': 100_000}), str(tmp_path / 'run'))
+
+
+def test_tokenizer_and_vocabulary_disagree(tmp_path, corpus):
+  with pytest.raises(UserError, match=r'model\.vocab_size'):
+    loop.train(config(corpus, **{'model.vocab_size': 200}), str(tmp_path / 'run'))
+
+
+def test_settings_in_the_run_directory_rebuild_the_config(finished, corpus):
+  info = json.loads((finished / 'config.json').read_text())
+  assert from_config_dict(info['config']) == dataclasses.replace(config(corpus))
