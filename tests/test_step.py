@@ -13,7 +13,7 @@ from test_step_mesh import CONFIG, QUICK, SMALL, Run, change, documents, leaves,
 
 from moe import state, step
 from moe.config import AUX_LOSSES, BIAS_RULES
-from moe.mesh import AXES, abstract_mesh
+from moe.mesh import abstract_mesh
 
 # gamma moves any expert past any other, so that a bias at work is seen in the loads.
 STEP = change(
@@ -199,10 +199,10 @@ class Collective:
 
 
 def groups_of(line):
-  """Groups of device numbers that a collective joins, from the three ways in which XLA writes them; None in a fourth."""
+  """Groups of device numbers that a collective joins, from three of the ways in which XLA writes them, else None."""
   if listed := re.search(r'replica_groups=\{(.*?\})\}', line):
     return {tuple(map(int, group.split(','))) for group in re.findall(r'\{([\d,]+)\}', listed[1] + '}')}
-  # mesh['data'=4,'tensor'=2], device_ids=([2,4]T(1,0)) {'data'}: the devices, here transposed, laid out over named axes.
+  # mesh['data'=4,'tensor'=2], device_ids=([2,4]T(1,0)) {'data'}: the devices, transposed, laid out over the axes.
   named = re.search(r'replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{(.*?)\}', line)
   if not named:
     return None
