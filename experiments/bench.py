@@ -7,6 +7,7 @@ gemm: forward + backward of the grouped matmul's backends beside one dense matmu
 layer: forward + backward of a MoE layer, router to combine, over the number of experts at fixed tokens and top-k.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -41,15 +42,17 @@ TOP_K = flags.DEFINE_integer('top_k', 4, 'layer: experts per token.', lower_boun
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 
 
-def median_s(function, *args) -> float:
-  """Median seconds of a jitted call, compiled and warmed up before."""
-  jax.block_until_ready(function(*args))
-  times = []
+def medians_s(calls) -> list[float]:
+  """Median seconds of each of these jitted calls, warmed up; taken in turn, so that all meet the same noise."""
+  for call in calls:
+    jax.block_until_ready(call())
+  times = [[] for _ in calls]
   for _ in range(REPEATS.value):
-    start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    times.append(time.perf_counter() - start)
-  return float(np.median(times))
+    for call, taken in zip(calls, times, strict=True):
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      taken.append(time.perf_counter() - start)
+  return [float(np.median(taken)) for taken in times]
 
 
 def gemm() -> list[dict]:
@@ -65,15 +68,16 @@ def gemm() -> list[dict]:
 
   expert_M = np.repeat(np.arange(E), size_e)
   want = np.einsum('md,mdf->mf', np.asarray(x_MD[::97], np.float64), np.asarray(w_eDF, np.float64)[expert_M[::97]])
-  dense_s = median_s(grads(jnp.matmul), x_MD, w_eDF[0], dy_MF)
-  results = [{'name': 'dense', 's': dense_s}]
+  calls = {'dense': functools.partial(grads(jnp.matmul), x_MD, w_eDF[0], dy_MF)}
   for name in BACKENDS:
     run = grads(lambda x, w, name=name: grouped_matmul(x, w, size_e, name))
     np.testing.assert_allclose(run(x_MD, w_eDF, dy_MF)[0][::97], want, rtol=1e-3, atol=1e-3)
-    results.append({'name': name, 's': median_s(run, x_MD, w_eDF, dy_MF)})
-  for row in results:
-    row |= {'gflop_per_s': 6 * M * D * F / row['s'] / 1e9, 'of_dense': dense_s / row['s']}
-  return results
+    calls[name] = functools.partial(run, x_MD, w_eDF, dy_MF)
+  times_s = medians_s(calls.values())
+  return [
+    {'name': name, 's': s, 'gflop_per_s': 6 * M * D * F / s / 1e9, 'of_dense': times_s[0] / s}
+    for name, s in zip(calls, times_s, strict=True)
+  ]
 
 
 def layer() -> list[dict]:
@@ -82,7 +86,7 @@ def layer() -> list[dict]:
   D, K = WIDTH.value, TOP_K.value
   tokens = ROWS.value // K
   x_BSD = jnp.asarray(rng.standard_normal((1, tokens, D)), jnp.float32)
-  mask_BS, results = jnp.ones((1, tokens), bool), []
+  mask_BS, calls = jnp.ones((1, tokens), bool), {}
   for experts in (16, 32, 64, 128):
     config = Config(
       model=ModelConfig(d_model=D, d_expert=HIDDEN.value, num_experts=experts, top_k=K, num_shared_experts=0)
@@ -97,10 +101,9 @@ def layer() -> list[dict]:
       return jax.lax.psum((y_BSD * y_BSD).sum(), 'tensor')
 
     run = jax.jit(jax.shard_map(jax.grad(output_sum, argnums=(0, 1)), mesh=mesh, in_specs=P(), out_specs=P()))
-    results.append({'name': f'{experts} experts', 's': median_s(run, weights, x_BSD)})
-  for row in results:
-    row['of_16_experts'] = row['s'] / results[0]['s']
-  return results
+    calls[f'{experts} experts'] = functools.partial(run, weights, x_BSD)
+  times_s = medians_s(calls.values())
+  return [{'name': name, 's': s, 'of_16_experts': s / times_s[0]} for name, s in zip(calls, times_s, strict=True)]
 
 
 def _split(model):
