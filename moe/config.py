@@ -17,7 +17,7 @@ from moe.errors import UserError
 BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
 AUX_LOSSES = ('none', 'switch', 'sequence')
 DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
-GROUPED_MATMULS = ('auto', 'blocked', 'ragged_dot')
+GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
 
@@ -179,7 +179,7 @@ class Config:
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   dispatch: str = 'auto'  # auto (local on one expert shard, else all_gather) | local | all_gather | all_to_all | ragged
-  grouped_matmul: str = 'auto'  # auto (blocked on CPU, else ragged_dot) | blocked | ragged_dot
+  grouped_matmul: str = 'auto'  # auto (CPU: blocked, bf16 on Hopper: mosaic_gpu, else ragged_dot) | one of these names
 
 
 def to_config_dict(config: Config, arg: str = '') -> ml_collections.ConfigDict:

@@ -67,7 +67,7 @@ class Run:
 
   def __init__(self, config: Config, path: pathlib.Path, device_mesh, rows: dict, tokenizer):
     """Compiles nothing yet; restores the newest checkpoint or makes a fresh state. Raises UserError."""
-    self.config = step.resolve(config, device_mesh, device_mesh.devices.flat[0].platform)
+    self.config = step.resolve(config, device_mesh, mesh.platform_of(device_mesh))
     self.path, self.mesh, self.rows, self.tokenizer = path, device_mesh, rows, tokenizer
     self.batches = Batches(rows['train'], config.train.batch_size, config.train.seed)
     self.train_step = step.make_train_step(self.config, device_mesh)

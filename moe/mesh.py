@@ -67,6 +67,12 @@ def make_mesh(config: Config) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:size])
 
 
+def platform_of(mesh: Mesh) -> str:
+  """What kernels are chosen by: 'cpu', 'tpu', 'hopper' (GPUs of compute capability 9.0) or 'gpu' (all others)."""
+  device = mesh.devices.flat[0]
+  return 'hopper' if device.platform == 'gpu' and device.compute_capability == '9.0' else device.platform
+
+
 def abstract_mesh(shape: tuple[int, int, int, int]) -> AbstractMesh:
   """A mesh without devices, to trace and lower programs for clusters that are not at hand."""
   return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)

@@ -29,11 +29,11 @@ BATCH_SPEC = P(None, BATCH_AXES)  # [microbatches, B, S + 1]
 
 
 def resolve(config: Config, mesh, platform: str) -> Config:
-  """The config with every 'auto' replaced by what it means on this mesh and platform ('cpu', 'gpu', 'tpu')."""
+  """The config with every 'auto' replaced by what it means on this mesh and platform (see `mesh.platform_of`)."""
   return dataclasses.replace(
     config,
     dispatch=dispatch.resolve_backend(config.dispatch, mesh.shape['expert']),
-    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform),
+    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform, config.precision.compute),
   )
 
 

@@ -27,7 +27,7 @@ def lower(config, shape):
   """The train step as a module for CUDA on a mesh of this shape."""
   abstract = mesh.abstract_mesh(shape)
   mesh.validate_mesh(config, shape)
-  config = step.resolve(config, abstract, 'gpu')
+  config = step.resolve(config, abstract, 'hopper')
   micro = config.train.microbatches
   rows = jax.ShapeDtypeStruct((micro, config.train.batch_size // micro, config.data.seq_len + 1), jnp.int32)
   made = step.make_train_step(config, abstract)
@@ -62,7 +62,7 @@ def collectives(module, shape):
     attributes, kind = operation.attributes, operation.name.removeprefix('stablehlo.')
     if kind == 'custom_call':  # ragged_all_to_all is one
       kind = attributes['call_target_name'].value
-      attributes = attributes.get('backend_config', {})
+      attributes = attributes['backend_config'] if kind == 'ragged_all_to_all' else {}
     if 'replica_groups' in attributes:
       data = operation.operands[0].type
       found.append(
@@ -79,7 +79,6 @@ def v3(dispatch, batch_size, microbatches, **model):
     model=dataclasses.replace(config.model, **model),
     train=train,
     dispatch=dispatch,
-    grouped_matmul='ragged_dot',
   )
 
 
@@ -102,6 +101,11 @@ def test_v3_lowers_for_2048_gpus_with_its_tokens_sent_to_their_experts_only():
   assert {(item.groups, item.shape, item.dtype) for item in sent} == {
     (over_expert, (rows, 7168), 'bf16') for rows in (4096 * 8, 64 * 4096 * 4)
   }
+  # The experts' three products run in the Hopper kernels: forward, recomputed and two gradients each, at both places.
+  kernels = collections.Counter(
+    str(op.attributes['call_target_name']) for op in operations(module.operation) if op.name == 'stablehlo.custom_call'
+  )
+  assert kernels['"mosaic_gpu_v2"'] == 3 * (1 + 1 + 2) * 2
   # Besides, GPUs tell one another how many rows come, and nothing more.
   rest = [item for item in found if item.groups == over_expert and item.kind != 'ragged_all_to_all']
   assert {(item.kind, item.dtype) for item in rest} == {('all_to_all', 'i32')}

@@ -3,12 +3,14 @@
 The hidden width F is sharded over `tensor`; both return this shard's part of the output, for the caller to sum.
 """
 
+import functools
+
 import jax
 from flax import nnx
 
 from moe.config import ModelConfig
 from moe.model.parameters import Init
-from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.grouped_matmul import ROW_MULTIPLES, grouped_matmul
 
 
 class FeedForward(nnx.Module):
@@ -34,7 +36,14 @@ class Experts(nnx.Module):
     self.w_down_eFD = init.normal(E, F, D)
 
   def __call__(self, x_MD: jax.Array, size_e: jax.Array, backend: str) -> jax.Array:
-    """Rows sorted by expert -> this tensor shard's part of [M, D]; `backend` as in `grouped_matmul`."""
-    gate_MF = grouped_matmul(x_MD, self.w_gate_eDF[...], size_e, backend)
-    up_MF = grouped_matmul(x_MD, self.w_up_eDF[...], size_e, backend)
-    return grouped_matmul(jax.nn.silu(gate_MF) * up_MF, self.w_down_eFD[...], size_e, backend)
+    """Rows sorted by expert -> this tensor shard's part of [M, D].
+
+    Args:
+      x_MD: rows.
+      size_e: rows per expert, multiples of the backend's ROW_MULTIPLES.
+      backend: as in `grouped_matmul`.
+    """
+    product = functools.partial(grouped_matmul, size_e=size_e, backend=backend, row_multiple=ROW_MULTIPLES[backend])
+    gate_MF = product(x_MD, self.w_gate_eDF[...])
+    up_MF = product(x_MD, self.w_up_eDF[...])
+    return product(jax.nn.silu(gate_MF) * up_MF, self.w_down_eFD[...])

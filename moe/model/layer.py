@@ -13,6 +13,7 @@ from moe.model.ffn import Experts, FeedForward
 from moe.model.norm import rms_norm
 from moe.model.parameters import Init
 from moe.model.router import route
+from moe.ops.grouped_matmul import ROW_MULTIPLES
 from moe.ops.varying import vary
 
 
@@ -67,7 +68,8 @@ def moe_block(layer: MoELayer, h_BSD, mask_BS, bias_E, config: Config, dropless:
   routing = route(h_TD, w_router_DE, bias_E, mask_BS.reshape(-1), config.model, multiplicative, dropless)
   backend = dispatch.BACKENDS[config.dispatch]
   # Cast here, T x D values, so that their gradient is summed over `tensor` before it is spread over M rows.
-  x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, config.model, dropless)
+  multiple = ROW_MULTIPLES[config.grouped_matmul]
+  x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, config.model, dropless, multiple)
   y_TD = backend.combine(layer.experts(x_MD, size_e, config.grouped_matmul), plan)
   if config.model.num_shared_experts:
     y_TD = y_TD + layer.shared(h_TD)

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from moe.config import ModelConfig
 from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
-from moe.model.dispatch import permute as permutes
 from moe.model.ffn import Experts
 from moe.model.parameters import Init
 from moe.model.router import Routing
+from moe.ops import permute as permutes
 
 T, D, F, E, K = 32, 8, 6, 16, 3  # T over the whole mesh
 MODEL = ModelConfig(d_model=D, d_expert=F, num_experts=E, top_k=K)

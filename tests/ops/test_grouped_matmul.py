@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moe.errors import UserError
 from moe.ops import grouped_matmul as module
-from moe.ops.grouped_matmul import BACKENDS, grouped_matmul
+from moe.ops.grouped_matmul import grouped_matmul
+
+BACKENDS = ('blocked', 'ragged_dot')  # tests/ops/test_mosaic_gpu.py has the other
 
 D, F, E = 5, 3, 4
 # Rows below, between and above the tiles of `blocked`, none a multiple of them.
@@ -144,7 +147,22 @@ def test_mixed_operands_inside_shard_map(backend, inside, mesh_of, fast_jit):
   np.testing.assert_allclose(dw, expected_dw, rtol=1e-5, atol=1e-5)
 
 
-def test_auto_backend():
-  assert module.resolve_backend('auto', 'cpu') == 'blocked'
-  assert module.resolve_backend('auto', 'gpu') == module.resolve_backend('auto', 'tpu') == 'ragged_dot'
-  assert module.resolve_backend('blocked', 'gpu') == 'blocked'
+@pytest.mark.parametrize(
+  ('platform', 'compute', 'backend'),
+  [
+    ('cpu', 'bfloat16', 'blocked'),
+    ('tpu', 'bfloat16', 'ragged_dot'),
+    ('gpu', 'bfloat16', 'ragged_dot'),
+    ('hopper', 'bfloat16', 'mosaic_gpu'),
+    ('hopper', 'float32', 'ragged_dot'),
+  ],
+)
+def test_auto_backend(platform, compute, backend):
+  assert module.resolve_backend('auto', platform, compute) == backend
+  assert module.resolve_backend('blocked', platform, compute) == 'blocked'
+
+
+@pytest.mark.parametrize(('platform', 'compute'), [('cpu', 'bfloat16'), ('gpu', 'bfloat16'), ('hopper', 'float32')])
+def test_mosaic_gpu_is_refused_where_it_cannot_run(platform, compute):
+  with pytest.raises(UserError, match='needs a Hopper GPU'):
+    module.resolve_backend('mosaic_gpu', platform, compute)

@@ -9,7 +9,9 @@
     ragged      rows travel unpadded by `jax.lax.ragged_all_to_all` (GPU and TPU only).
 
 M, the number of rows, is static and covers the worst case; rows past sum(size_e) are unused. A row of a masked or
-dropped assignment is not sent. `dispatch`'s `dropless` says that the routing ignored the capacity factor.
+dropped assignment is not sent. `dispatch`'s `dropless` says that the routing ignored the capacity factor, and
+`row_multiple` what each expert's rows are padded to, with rows of zeros, as the grouped matmul wants it
+(`moe.ops.grouped_matmul.ROW_MULTIPLES`).
 """
 
 from moe.model.dispatch import all_gather, all_to_all, local, ragged

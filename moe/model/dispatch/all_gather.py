@@ -9,18 +9,18 @@ from jax import lax
 
 from moe.config import ModelConfig
 from moe.model.dispatch import local
-from moe.model.dispatch.permute import permute
 from moe.model.router import Routing
+from moe.ops.permute import permute
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False):
-  """See `moe.model.dispatch`. M = shards * T * min(K, experts per shard)."""
+def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
+  """See `moe.model.dispatch`. M = shards * T * min(K, experts per shard), padded."""
   gather = lambda a: lax.all_gather(a, 'expert', axis=0, tiled=True)
   held = config.num_experts // lax.axis_size('expert')
   expert_TK = gather(routing.expert_TK) - lax.axis_index('expert') * held
   keep_TK = gather(routing.keep_TK) & (expert_TK >= 0) & (expert_TK < held)
   rows = expert_TK.shape[0] * min(config.top_k, held)
-  out, back, size_e = local.expert_order(expert_TK, keep_TK, held, rows)
+  out, back, size_e = local.expert_order(expert_TK, keep_TK, held, rows, row_multiple)
   return permute(gather(x_TD), out), size_e, local.Plan(back, gather(routing.weight_TK))
 
 

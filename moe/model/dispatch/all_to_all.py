@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.config import ModelConfig
-from moe.model.dispatch.permute import Permutation, Sorted, permute, sort_by_key, weighted_sum
 from moe.model.router import Routing, capacity
+from moe.ops.permute import Permutation, Sorted, lay_out, permute, sort_by_key, weighted_sum
 
 
 class Plan(NamedTuple):
@@ -21,15 +21,15 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False):
-  """See `moe.model.dispatch`. M = shards * buffer."""
+def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
+  """See `moe.model.dispatch`. M = shards * buffer, padded."""
   shards = lax.axis_size('expert')
   by, sent_de, received_se = exchange_counts(routing, config)
   buffer = buffer_rows(len(x_TD), config, shards, dropless)
   out, unpack = _pack(by, sent_de.sum(1), routing, buffer)
   rows_MD = lax.all_to_all(permute(x_TD, out), 'expert', split_axis=0, concat_axis=0, tiled=True)
   end_se = jnp.cumsum(received_se, axis=1)
-  regroup, regroup_back, size_e = regroup_by_expert(jnp.arange(shards) * buffer, end_se, shards * buffer)
+  regroup, regroup_back, size_e = regroup_by_expert(jnp.arange(shards) * buffer, end_se, shards * buffer, row_multiple)
   return permute(rows_MD, regroup), size_e, Plan(regroup_back, unpack, routing.weight_TK)
 
 
@@ -70,24 +70,21 @@ def _pack(by: Sorted, sent_d, routing: Routing, buffer: int):
   return out, unpack
 
 
-def regroup_by_expert(start_s, end_se, rows: int):
+def regroup_by_expert(start_s, end_se, rows: int, row_multiple: int):
   """Permutations from received rows, sorted by expert within each source, to the order of experts, and back.
 
   Args:
     start_s: first row of each source's part.
     end_se: end of each expert's rows within its source's part.
     rows: received rows, used or not.
+    row_multiple: what every expert's rows are padded to.
 
   Returns:
-    regroup, regroup_back: Permutations of `rows` rows; size_e: rows per expert.
+    regroup: Permutation from `rows` rows to padded ones, regroup_back: the way back; size_e: rows per expert.
   """
   row_M = jnp.arange(rows)
   source_M = jnp.searchsorted(start_s, row_M, side='right') - 1
   # The expert is the number of experts of that source that end at or before the row; past all of them: nowhere.
   key_M = (end_se[source_M] <= (row_M - start_s[source_M])[:, None]).sum(1)
-  by = sort_by_key(key_M, end_se.shape[1])
-  valid_M = row_M < by.size.sum()
-  used_M = key_M < end_se.shape[1]
-  regroup = Permutation(by.order_M, valid_M, by.place_M[:, None], used_M[:, None])
-  regroup_back = Permutation(by.place_M, used_M, by.order_M[:, None], valid_M[:, None])
-  return regroup, regroup_back, by.size
+  layout = lay_out(key_M, end_se.shape[1], rows, row_multiple)
+  return *layout.permutations((key_M < end_se.shape[1])[:, None]), layout.size

@@ -8,8 +8,8 @@ from jax import lax
 
 from moe.config import ModelConfig
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert
-from moe.model.dispatch.permute import Permutation, permute, weighted_sum
 from moe.model.router import Routing
+from moe.ops.permute import Permutation, permute, weighted_sum
 from moe.ops.varying import align
 
 
@@ -29,8 +29,8 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False):
-  """See `moe.model.dispatch`. M = shards * the rows one shard can send another at most."""
+def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
+  """See `moe.model.dispatch`. M = shards * the rows one shard can send another at most, padded."""
   shards, (T, K) = lax.axis_size('expert'), routing.expert_TK.shape
   by, sent_de, received_se = exchange_counts(routing, config)
   send_s, receive_s = sent_de.sum(1), received_se.sum(1)
@@ -43,7 +43,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: b
   back = Permutation(by.place_M, routing.keep_TK.reshape(-1), by.order_M[:, None], valid_A[:, None])
   rows = shards * buffer_rows(T, config, shards, dropless)
   rows_MD = _exchange(permute(x_TD, out), away, rows)
-  regroup, regroup_back, size_e = regroup_by_expert(in_start_s, jnp.cumsum(received_se, axis=1), rows)
+  regroup, regroup_back, size_e = regroup_by_expert(in_start_s, jnp.cumsum(received_se, axis=1), rows, row_multiple)
   return permute(rows_MD, regroup), size_e, Plan(regroup_back, home, back, routing.weight_TK)
 
 

@@ -19,13 +19,13 @@ DW_TILE, BATCH = 64, 8  # rows of a block of the weight gradient, and blocks at 
 
 
 @jax.custom_vjp
-def blocked(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
+def matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
   """See `moe.ops.grouped_matmul.grouped_matmul`. All operands must vary over the same mesh axes."""
   return _rows_by_matrix(x_MD, w_eDF, size_e, contract=1)
 
 
 def _forward(x_MD, w_eDF, size_e):
-  return blocked(x_MD, w_eDF, size_e), (x_MD, w_eDF, size_e)
+  return matmul(x_MD, w_eDF, size_e), (x_MD, w_eDF, size_e)
 
 
 def _backward(saved, dy_MF):
@@ -33,7 +33,7 @@ def _backward(saved, dy_MF):
   return _rows_by_matrix(dy_MF, w_eDF, size_e, contract=2), _rows_by_rows(x_MD, dy_MF, size_e), None
 
 
-blocked.defvjp(_forward, _backward)
+matmul.defvjp(_forward, _backward)
 
 
 def _over_blocks(rows, size, start, step, carry):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def ragged_dot(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
+def matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
   """See `moe.ops.grouped_matmul.grouped_matmul`."""
   y_MF = jax.lax.ragged_dot(x_MD, w_eDF, size_e)
   # What lies past the last group is the platform's choice, so nothing may flow in or out there.

@@ -1,4 +1,4 @@
-"""The one data movement of every dispatcher: a gather whose gradient is a gather too.
+"""The one data movement of dispatchers and grouped matmuls: a gather whose gradient is a gather too.
 
 A scatter-add is slow on GPUs and on CPUs alike. Whoever builds a permutation knows its inverse, so both are passed.
 """
@@ -76,6 +76,48 @@ def sort_by_key(key_M: jax.Array, num_keys: int) -> Sorted:
   end = jnp.searchsorted(key_M[order_M], jnp.arange(num_keys), side='right').astype(jnp.int32)
   start = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
   return Sorted(order_M, place_M, end - start, start)
+
+
+class Layout(NamedTuple):
+  """Sorted assignments with room after each key's rows, so that all keys start at a multiple of some number of rows.
+
+  order_M: assignment that row r holds, where valid_M.
+  place_A: row that assignment a sits in, if its key is not 'nowhere'.
+  size: int32 rows per key, the room included.
+  """
+
+  order_M: jax.Array
+  valid_M: jax.Array
+  place_A: jax.Array
+  size: jax.Array
+
+  def permutations(self, used_TK: jax.Array) -> tuple[Permutation, Permutation]:
+    """From T tokens to M rows, and from M rows to T * K assignments; `used_TK` says which have a row."""
+    T, K = used_TK.shape
+    out = Permutation(self.order_M // K, self.valid_M, self.place_A.reshape(T, K), used_TK)
+    return out, Permutation(self.place_A, used_TK.reshape(-1), self.order_M[:, None], self.valid_M[:, None])
+
+
+def lay_out(key_A: jax.Array, num_keys: int, rows: int, multiple: int = 1) -> Layout:
+  """Sorts assignments by key 0..num_keys-1 (num_keys: nowhere) and pads each key's rows to a `multiple`.
+
+  `rows` is the most assignments that go anywhere; M = padded_rows(rows, num_keys, multiple).
+  """
+  by = sort_by_key(key_A, num_keys)
+  size = -(-by.size // multiple) * multiple
+  end = jnp.cumsum(size)
+  start = end - size
+  row_M = jnp.arange(padded_rows(rows, num_keys, multiple))
+  key_M = jnp.minimum(jnp.searchsorted(end, row_M, side='right'), num_keys - 1)
+  inside_M = row_M - start[key_M]
+  order_M = by.order_M.at[by.start[key_M] + inside_M].get(mode='clip')
+  place_A = by.place_M + (start - by.start).at[key_A].get(mode='clip')
+  return Layout(order_M, inside_M < by.size[key_M], place_A, size)
+
+
+def padded_rows(rows: int, num_keys: int, multiple: int) -> int:
+  """Rows that suffice for `rows` assignments of `num_keys` keys, each padded to a `multiple`."""
+  return -(-(rows + num_keys * (multiple - 1)) // multiple) * multiple
 
 
 def weighted_sum(rows_AD: jax.Array, weight_TK: jax.Array) -> jax.Array:

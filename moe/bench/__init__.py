@@ -1,0 +1,1 @@
+"""What `experiments/bench.py` measures, one suite per file. Each checks its results before it times them."""

@@ -1,0 +1,56 @@
+"""Timing calls side by side, and saying which kernels they got."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+
+def median_s(calls: Mapping[str, Callable], repeats: int, inner: int = 1) -> dict[str, float]:
+  """Median seconds of each call, after a warm-up; taken in turn, so that all meet the same noise.
+
+  Args:
+    calls: functions without arguments, whose result `synchronize` can wait for.
+    repeats: rounds.
+    inner: calls per measurement; more than 1 hides the launch behind the work of the call before, as in a train step.
+  """
+  times = {name: [] for name in calls}
+  for call in calls.values():
+    synchronize(call())
+  for _ in range(repeats):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      for _ in range(inner):
+        result = call()
+      synchronize(result)
+      times[name].append((time.perf_counter() - start) / inner)
+  return {name: float(np.median(taken)) for name, taken in times.items()}
+
+
+def synchronize(result) -> None:
+  """Waits for jax arrays, or for all of CUDA's work if `result` is of torch."""
+  leaves = jax.tree.leaves(result)
+  if any(type(leaf).__module__.startswith('torch') for leaf in leaves):
+    torch().cuda.synchronize()
+  else:
+    jax.block_until_ready(result)
+
+
+def torch():
+  """The module torch if it is installed and sees a GPU, else None."""
+  try:
+    import torch
+  except ImportError:
+    return None
+  return torch if torch.cuda.is_available() else None
+
+
+def kernels(jitted, *args) -> str:
+  """What does the matrix products of a compiled function, and how often: so that a dense expansion cannot hide."""
+  text = jitted.lower(*args).compile().as_text()
+  found = re.findall(r'custom_call_target="([\w$.]*(?:mosaic_gpu|cublas|gemm|cudnn|triton)[\w$.]*)"', text)
+  found += [f'__{kind}' for kind in re.findall(r'"kind":"(__\w*triton\w*)"', text)]
+  found += ['dot'] * len(re.findall(r' dot\(', text)) + ['while'] * len(re.findall(r' while\(', text))
+  return ', '.join(f'{name} x{found.count(name)}' for name in dict.fromkeys(found)) or 'fused loops'
