@@ -17,6 +17,7 @@ from moe.errors import UserError
 BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
 AUX_LOSSES = ('none', 'switch', 'sequence')
 DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
+FP8_MODULES = ('experts', 'ffn')
 GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
@@ -139,8 +140,13 @@ class OptimizerConfig:
 class PrecisionConfig:
   """Master weights, router, norms' statistics and losses are always float32."""
 
+  fp8: str = ''  # comma-separated: experts, ffn (dense and shared). Their matmuls run in FP8 (moe/ops/fp8.py)
   compute: str = 'float32'  # float32 | bfloat16, of activations and of the weights used in matmuls
   matmul: str = 'default'  # default | highest, precision of float32 matmuls (default is TF32 on GPUs)
+
+  @property
+  def fp8_modules(self) -> tuple[str, ...]:
+    return tuple(filter(None, self.fp8.split(',')))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +303,8 @@ def validate(config: Config) -> None:
   _fraction(opt, 'optimizer', 'decay_fraction final_lr_fraction beta1 beta2')
   _one_of('optimizer.schedule', opt.schedule, ('wsd', 'cosine'))
   _one_of('optimizer.moments', opt.moments, ('float32', 'bfloat16'))
+  for module in config.precision.fp8_modules:
+    _one_of('precision.fp8', module, FP8_MODULES)
   _one_of('precision.compute', config.precision.compute, ('float32', 'bfloat16'))
   _one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
   _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')

@@ -184,9 +184,10 @@ ONE_OF = {
   'optimizer.schedule': ('wsd', 'cosine'),
   'optimizer.moments': ('float32', 'bfloat16'),
   'precision.compute': ('float32', 'bfloat16'),
+  'precision.fp8': ('', 'experts', 'ffn', 'experts,ffn'),
   'precision.matmul': ('default', 'highest'),
   'dispatch': ('auto', 'local', 'all_gather', 'all_to_all', 'ragged'),
-  'grouped_matmul': ('auto', 'blocked', 'ragged_dot'),
+  'grouped_matmul': ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot'),
 }
 LEAST = {
   1: 'model.vocab_size model.d_model model.num_layers model.d_ff model.d_expert model.num_experts model.top_k '

@@ -92,6 +92,19 @@ def test_bfloat16_compute_leaves_masters_and_bias_in_float32(base, mesh_of):
   assert np.any(moved != moved.astype(jnp.bfloat16).astype(np.float32))
 
 
+def test_fp8_rounds_the_modules_that_the_policy_names(mesh_of):
+  config = change(STEP, model=dataclasses.replace(STEP.model, num_shared_experts=1))
+  exact, experts, ffn = (
+    first_step(Run(change(config, precision={'fp8': modules}), mesh_of())) for modules in ('', 'experts', 'ffn')
+  )
+  for got in (experts, ffn):
+    assert 1e-6 < relative(got['loss'], exact['loss']) < 0.01
+    assert relative(got['grad_norm'], exact['grad_norm']) < 0.05
+  assert experts['loss'] != ffn['loss']
+  # The first router sees no rounded number.
+  np.testing.assert_array_equal(experts['load_LE'][0], exact['load_LE'][0])
+
+
 def test_padding_is_neither_counted_nor_learned_from(base):
   batch = documents(STEP)
   padding_BS = batch['segment_BS'] == 0

@@ -3,13 +3,12 @@
 The hidden width F is sharded over `tensor`; both return this shard's part of the output, for the caller to sum.
 """
 
-import functools
-
 import jax
 from flax import nnx
 
-from moe.config import ModelConfig
+from moe.config import Config, ModelConfig
 from moe.model.parameters import Init
+from moe.ops import fp8
 from moe.ops.grouped_matmul import ROW_MULTIPLES, grouped_matmul
 
 
@@ -21,9 +20,13 @@ class FeedForward(nnx.Module):
     self.w_up_DF = init.normal(d_model, hidden)
     self.w_down_FD = init.normal(hidden, d_model)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, config: Config) -> jax.Array:
     """[..., D] -> this tensor shard's part of [..., D]."""
-    return (jax.nn.silu(x @ self.w_gate_DF[...]) * (x @ self.w_up_DF[...])) @ self.w_down_FD[...]
+
+    def product(x, w):
+      return fp8.matmul(x, w[...], config.grouped_matmul) if 'ffn' in config.precision.fp8_modules else x @ w[...]
+
+    return product(jax.nn.silu(product(x, self.w_gate_DF)) * product(x, self.w_up_DF), self.w_down_FD)
 
 
 class Experts(nnx.Module):
@@ -35,15 +38,19 @@ class Experts(nnx.Module):
     self.w_up_eDF = init.normal(E, D, F)
     self.w_down_eFD = init.normal(E, F, D)
 
-  def __call__(self, x_MD: jax.Array, size_e: jax.Array, backend: str) -> jax.Array:
+  def __call__(self, x_MD: jax.Array, size_e: jax.Array, config: Config) -> jax.Array:
     """Rows sorted by expert -> this tensor shard's part of [M, D].
 
     Args:
       x_MD: rows.
-      size_e: rows per expert, multiples of the backend's ROW_MULTIPLES.
-      backend: as in `grouped_matmul`.
+      size_e: rows per expert, multiples of the grouped matmul's ROW_MULTIPLES.
+      config: grouped_matmul, resolved; precision.fp8.
     """
-    product = functools.partial(grouped_matmul, size_e=size_e, backend=backend, row_multiple=ROW_MULTIPLES[backend])
-    gate_MF = product(x_MD, self.w_gate_eDF[...])
-    up_MF = product(x_MD, self.w_up_eDF[...])
-    return product(jax.nn.silu(gate_MF) * up_MF, self.w_down_eFD[...])
+    backend = config.grouped_matmul
+
+    def product(x, w):
+      if 'experts' in config.precision.fp8_modules:
+        return fp8.grouped_matmul(x, w[...], size_e, backend)
+      return grouped_matmul(x, w[...], size_e, backend, ROW_MULTIPLES[backend])
+
+    return product(jax.nn.silu(product(x_MD, self.w_gate_eDF)) * product(x_MD, self.w_up_eDF), self.w_down_eFD)

@@ -27,9 +27,9 @@ class DenseLayer(nnx.Module):
     self.scale_ffn_D = init.ones(config.d_model)
     self.ffn = FeedForward(config.d_model, config.d_ff, init)
 
-  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
     x_BSD = attention_block(self, x_BSD, segment_BS)
-    return x_BSD + lax.psum(self.ffn(rms_norm(x_BSD, self.scale_ffn_D[...], self.eps)), 'tensor')
+    return x_BSD + lax.psum(self.ffn(rms_norm(x_BSD, self.scale_ffn_D[...], self.eps), config), 'tensor')
 
 
 class MoELayer(nnx.Module):
@@ -70,9 +70,9 @@ def moe_block(layer: MoELayer, h_BSD, mask_BS, bias_E, config: Config, dropless:
   # Cast here, T x D values, so that their gradient is summed over `tensor` before it is spread over M rows.
   multiple = ROW_MULTIPLES[config.grouped_matmul]
   x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, config.model, dropless, multiple)
-  y_TD = backend.combine(layer.experts(x_MD, size_e, config.grouped_matmul), plan)
+  y_TD = backend.combine(layer.experts(x_MD, size_e, config), plan)
   if config.model.num_shared_experts:
-    y_TD = y_TD + layer.shared(h_TD)
+    y_TD = y_TD + layer.shared(h_TD, config)
   return y_TD.reshape(h_BSD.shape), router_stats(routing, bias_E, mask_BS, config)
 
 

@@ -74,7 +74,7 @@ def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config
   """Tokens to the residual stream that enters the MoE layers."""
   x_BSD = embed_tokens(model, token_BS)
   for layer in model.dense_layers:
-    x_BSD = remat(lambda x, layer=layer: layer(x, segment_BS), config.train.remat)(x_BSD)
+    x_BSD = remat(lambda x, layer=layer: layer(x, segment_BS, config), config.train.remat)(x_BSD)
   return x_BSD
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe.config import ModelConfig
+from moe.config import Config, ModelConfig
 from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
 from moe.model.ffn import Experts
@@ -24,6 +24,7 @@ from moe.model.router import Routing
 from moe.ops import permute as permutes
 
 T, D, F, E, K = 32, 8, 6, 16, 3  # T over the whole mesh
+ROW_MULTIPLE = 4  # what experts' rows are padded to; the rest of the suite has 1
 MODEL = ModelConfig(d_model=D, d_expert=F, num_experts=E, top_k=K)
 LIMITED = dataclasses.replace(MODEL, capacity_factor=1.0)
 MESHES = {
@@ -107,8 +108,8 @@ def program(name, mesh, config, module_of, matmul='blocked'):
   def run(x_TD, weight_TK, matrices, expert_TK, keep_TK):
     unused = jnp.zeros((len(x_TD), E))
     routing = Routing(expert_TK, weight_TK, keep_TK, jnp.zeros(E, jnp.int32), unused, unused)
-    x_MD, size_e, plan = backend.dispatch(x_TD, routing, config, False)
-    y_MD = experts_module(module_of, matrices, config)(x_MD, size_e, matmul)
+    x_MD, size_e, plan = backend.dispatch(x_TD, routing, config, row_multiple=ROW_MULTIPLE)
+    y_MD = experts_module(module_of, matrices, config)(x_MD, size_e, Config(grouped_matmul=matmul))
     return lax.psum(backend.combine(y_MD, plan), 'tensor')
 
   return jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, weights, rows, rows), out_specs=rows)

@@ -139,7 +139,7 @@ def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_m
     def logits(x_BSD):
       segments = jnp.asarray(segment_BS)
       for layer in built.dense_layers:
-        x_BSD = layer(x_BSD, segments)
+        x_BSD = layer(x_BSD, segments, config)
       h_BSD, _ = transformer.stack(built, x_BSD, segments, segments > 0, config, False)
       return transformer.head(built, h_BSD, built.scale_out_D[...])
 

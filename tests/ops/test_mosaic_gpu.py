@@ -11,8 +11,8 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
 
 from moe.mesh import abstract_mesh
-from moe.ops.grouped_matmul import grouped_matmul, mosaic_gpu
-from moe.ops.grouped_matmul.mosaic_gpu import ROW_MULTIPLE, TILE_M, tile_table
+from moe.ops.grouped_matmul import grouped_matmul, persistent
+from moe.ops.grouped_matmul.persistent import ROW_MULTIPLE, TILE_M, tile_table
 
 SIZES = (
   [0, 0, 0, 0],
@@ -51,7 +51,7 @@ def test_interpreted_rows_by_matrix(size_e, row_multiple, widths):
   x_MD, w_eDF = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((256, D), (3, D, F)))
   how = interpret.InterpretGPUParams(out_of_bounds_reads='uninitialized', uninitialized_memory='zero')
   with interpret.force_gpu_interpret_mode(how), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mosaic_gpu, 'DEFAULT_SMS', 2)
+    patch.setattr(persistent, 'DEFAULT_SMS', 2)
     y_MF = grouped_matmul(x_MD, w_eDF, jnp.asarray(size_e, jnp.int32), 'mosaic_gpu', row_multiple)
   expert_M = np.repeat(np.arange(3), size_e)
   x, w = np.asarray(x_MD, np.float32)[: len(expert_M)], np.asarray(w_eDF, np.float32)[expert_M]

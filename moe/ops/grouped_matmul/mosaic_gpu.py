@@ -1,17 +1,10 @@
 """Grouped matmul for Hopper GPUs (H20, H100, H200) in Pallas Mosaic GPU: bf16 operands, float32 sums.
 
-Two persistent kernels, one block per SM, each with one warpgroup that loads and two that multiply:
+Two kernels, built on `persistent.py`:
 
     rows by matrix   y_MF = x_MD w_eDF    and    dx_MD = dy_MF w_eDF^T
     rows by rows     dw_eDF = x_MD^T dy_MF, per expert
-
-The loader runs ahead through a ring of shared-memory slots, across tile borders, so that the tensor cores meet no gap
-between tiles. Tiles begin where an expert's rows begin, so no tile holds rows of two experts: which expert and rows a
-tile has stands in a table made outside, and costs nothing per expert. The last tile of an expert is moved back to end
-with it and computes some rows twice, to equal values; only an expert with less than a tile of rows stores part of one.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.ops.varying import vary, varying_axes
+from moe.ops.grouped_matmul import persistent
+from moe.ops.grouped_matmul.persistent import ROW_MULTIPLE, TILE_M, WG_ROWS, Tiles, pad_to_multiples, tile_table
 
-TILE_M, TILE_K, SLOTS = 128, 64, 4
-ROW_MULTIPLE = 8  # of every expert's rows: shared memory is swizzled in groups of 8 rows
-WG_ROWS = TILE_M // 2  # rows of a tile that each multiplying warpgroup computes
-OUT_COLUMNS = 64  # stored at a time
+TILE_K, SLOTS = 64, 4
 WIDTH_MULTIPLE = 64  # of D and F: the width of a swizzled row in shared memory
-BAND = 16  # tiles of rows that run over the same columns together, for the L2 cache's sake
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
-DEFAULT_SMS = 132  # of an H100, where the program is only lowered
 
 
 def matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
@@ -37,12 +25,8 @@ def matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array) -> jax.Array:
   Widths that are no multiple of WIDTH_MULTIPLE are padded, at the cost of copies.
   """
   rows, F = len(x_MD), w_eDF.shape[2]
-  x_MD = _pad(x_MD, ROW_MULTIPLE, WIDTH_MULTIPLE)
-  return _product(x_MD, _pad(w_eDF, 1, WIDTH_MULTIPLE, WIDTH_MULTIPLE), size_e)[:rows, :F]
-
-
-def _pad(a, *multiples):
-  return jnp.pad(a, [(0, -size % multiple) for size, multiple in zip(a.shape, multiples, strict=True)])
+  x_MD = pad_to_multiples(x_MD, ROW_MULTIPLE, WIDTH_MULTIPLE)
+  return _product(x_MD, pad_to_multiples(w_eDF, 1, WIDTH_MULTIPLE, WIDTH_MULTIPLE), size_e)[:rows, :F]
 
 
 @jax.custom_vjp
@@ -62,45 +46,17 @@ def _backward(saved, dy_MF):
 _product.defvjp(_forward, _backward)
 
 
-class Tiles(NamedTuple):
-  """Tiles of TILE_M rows, in row order. count: int32 [1]; the others per tile, of which the first `count` are used."""
-
-  count: jax.Array
-  expert: jax.Array
-  row: jax.Array  # first row
-  rows: jax.Array  # rows to store: TILE_M, or the whole of a smaller expert
-
-
-def tile_table(size_e: jax.Array, rows: int) -> Tiles:
-  """Which expert and rows each tile has."""
-  tiles_e = -(-size_e // TILE_M)
-  end_e, tiles_end_e = jnp.cumsum(size_e), jnp.cumsum(tiles_e)
-  tile = jnp.arange(rows // TILE_M + len(size_e))
-  expert = jnp.minimum(jnp.searchsorted(tiles_end_e, tile, side='right'), len(size_e) - 1)
-  size, end = size_e[expert], end_e[expert]
-  row = end - size + (tile - (tiles_end_e - tiles_e)[expert]) * TILE_M
-  row = jnp.where(size >= TILE_M, jnp.minimum(row, end - TILE_M), row)
-  cast = lambda a: a.astype(jnp.int32)
-  return Tiles(cast(tiles_end_e[-1:]), cast(expert), cast(row), cast(jnp.minimum(end - row, TILE_M)))
-
-
 def _rows_by_matrix(x_MK, w, size_e, transpose: bool):
   """y[r] = x[r] @ w[expert of r], or @ w[...]^T if `transpose`."""
   M, K = x_MK.shape
   N = w.shape[1 if transpose else 2]
   if not M:
-    return vary(jnp.zeros((M, N), x_MK.dtype), varying_axes(x_MK))
+    return persistent.zeros_like_kernel((M, N), x_MK.dtype, x_MK)
   tile_n = 256 if N > 128 else 128
   n_tiles, k_steps = pl.cdiv(N, tile_n), pl.cdiv(K, TILE_K)
 
   def body(count, expert, row, rows, x, w, y, ring_x, ring_w, out, full, empty):
-    def item(i):
-      # Bands of BAND row tiles; inside, all row tiles of a band before the next column tile.
-      first = i // (BAND * n_tiles) * BAND
-      width = jnp.minimum(BAND, count[0] - first)
-      inside = i - first * n_tiles
-      m, n = first + inside % width, inside // width
-      return expert[m], pl.multiple_of(row[m], ROW_MULTIPLE), rows[m], n * tile_n
+    item = lambda i: persistent.tile_of(i, Tiles(count, expert, row, rows), n_tiles, tile_n)
 
     def load(info, k, slot, barrier):
       e, r, _, n = info
@@ -109,25 +65,28 @@ def _rows_by_matrix(x_MK, w, size_e, transpose: bool):
       plgpu.copy_gmem_to_smem(w.at[(e, w_n, w_k) if transpose else (e, w_k, w_n)], ring_w.at[slot], barrier)
 
     def multiply(info, k, slot, acc, wg):
+      del info, k
       tile_w = plgpu.transpose_ref(ring_w.at[slot], (1, 0)) if transpose else ring_w.at[slot]
       plgpu.wgmma(acc, ring_x.at[slot, pl.ds(wg * WG_ROWS, WG_ROWS)], tile_w)
 
     def store(info, sums, wg):
       _, r, rows, n = info
       target = y.at[:, pl.ds(n, tile_n)]
-      _store(sums, out.at[wg], target, r + wg * WG_ROWS, rows - wg * WG_ROWS)
+      persistent.store_rows(sums, out.at[wg], target, r + wg * WG_ROWS, rows - wg * WG_ROWS)
 
-    _run(count[0] * n_tiles, item, lambda info: k_steps, load, multiply, store, tile_n, full, empty)
+    steps = lambda info: k_steps
+    sums = _accumulator(steps, multiply, tile_n, full, empty)
+    persistent.run(count[0] * n_tiles, item, steps, load, sums, store, SLOTS, full, empty)
 
-  shapes = [(TILE_M, TILE_K), (tile_n, TILE_K) if transpose else (TILE_K, tile_n)]
-  return _call(body, shapes, tile_n, (M, N), x_MK.dtype, *tile_table(size_e, M), x_MK, w)
+  ring = {'x': ((TILE_M, TILE_K), x_MK.dtype), 'w': ((tile_n, TILE_K) if transpose else (TILE_K, tile_n), w.dtype)}
+  return persistent.call(body, SLOTS, ring, (M, N), x_MK.dtype, *tile_table(size_e, M), x_MK, w)
 
 
 def _rows_by_rows(x_MD, dy_MF, size_e):
   """dw[e] = x^T dy over the rows of expert e."""
   (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(size_e)
   if not M:
-    return vary(jnp.zeros((E, D, F), x_MD.dtype), varying_axes(x_MD))
+    return persistent.zeros_like_kernel((E, D, F), x_MD.dtype, x_MD)
   tile_f = 256 if F > 128 else 128
   d_tiles, f_tiles = pl.cdiv(D, TILE_M), pl.cdiv(F, tile_f)
 
@@ -158,120 +117,40 @@ def _rows_by_rows(x_MD, dy_MF, size_e):
 
     def store(info, sums, wg):
       e, _, _, d, f = info
-      _store(sums, out.at[wg], dw.at[e, :, pl.ds(f, tile_f)], d + wg * WG_ROWS, WG_ROWS)
+      persistent.store_rows(sums, out.at[wg], dw.at[e, :, pl.ds(f, tile_f)], d + wg * WG_ROWS, WG_ROWS)
 
     k_steps = lambda info: (info[1] + TILE_K - 1) // TILE_K
-    _run(E * d_tiles * f_tiles, item, k_steps, load, multiply, store, tile_f, full, empty)
+    sums = _accumulator(k_steps, multiply, tile_f, full, empty)
+    persistent.run(E * d_tiles * f_tiles, item, k_steps, load, sums, store, SLOTS, full, empty)
 
-  start_e = jnp.cumsum(size_e) - size_e
-  shapes = [(TILE_K, TILE_M), (TILE_K, tile_f)]
-  return _call(body, shapes, tile_f, (E, D, F), x_MD.dtype, size_e, start_e.astype(jnp.int32), x_MD, dy_MF)
+  start_e = (jnp.cumsum(size_e) - size_e).astype(jnp.int32)
+  ring = {'x': ((TILE_K, TILE_M), x_MD.dtype), 'dy': ((TILE_K, tile_f), dy_MF.dtype)}
+  return persistent.call(body, SLOTS, ring, (E, D, F), x_MD.dtype, size_e, start_e, x_MD, dy_MF)
 
 
-def _run(total, item, k_steps, load, multiply, store, columns, full, empty):
-  """What each block does with its share of `total` work items: the loader's and the multipliers' loops."""
-  sm, sms, wg = lax.axis_index('sm'), lax.axis_size('sm'), lax.axis_index('wg')
-  mine = (total - sm + sms - 1) // sms
+def _accumulator(k_steps, multiply, columns: int, full, empty):
+  """The `multiply` of `persistent.run` that sums products in one accumulator, a step ahead of its release."""
 
-  @pl.when(wg == 2)
-  def _():
-    plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
-
-    def per_item(j, step):
-      info = item(sm + j * sms)
-
+  def sums(info, first, wg):
+    def over_k(acc):
       def per_k(k, _):
-        slot = lax.rem(step + k, SLOTS)
-        plgpu.barrier_wait(empty.at[slot])
-        load(info, k, slot, full.at[slot])
+        plgpu.barrier_wait(full.at[lax.rem(first + k, SLOTS)])
+        multiply(info, k, lax.rem(first + k, SLOTS), acc, wg)
+        plgpu.wgmma_wait(1)
+
+        @pl.when(k > 0)  # the product before this one is done with its slot
+        def _():
+          plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, SLOTS)])
 
       lax.fori_loop(0, k_steps(info), per_k, None)
-      return step + k_steps(info)
+      return acc[...]
 
-    lax.fori_loop(0, mine, per_item, jnp.int32(0))
-    for slot in range(SLOTS):  # no barrier may be left with an arrival that nobody waited for
-      plgpu.barrier_wait(empty.at[slot])
+    result = pl.run_scoped(over_k, plgpu.ACC((WG_ROWS, columns), jnp.float32))
 
-  @pl.when(wg < 2)
-  def _():
-    plgpu.set_max_registers(MULTIPLIER_REGISTERS, action='increase')
-    for slot in range(SLOTS):
-      plgpu.barrier_arrive(empty.at[slot])
+    @pl.when(k_steps(info) > 0)
+    def _():
+      plgpu.barrier_arrive(empty.at[lax.rem(first + k_steps(info) - 1, SLOTS)])
 
-    def per_item(j, step):
-      info = item(sm + j * sms)
+    return result
 
-      def sums(acc):
-        def per_k(k, _):
-          plgpu.barrier_wait(full.at[lax.rem(step + k, SLOTS)])
-          multiply(info, k, lax.rem(step + k, SLOTS), acc, wg)
-          plgpu.wgmma_wait(1)
-
-          @pl.when(k > 0)  # the product before this one is done with its slot
-          def _():
-            plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, SLOTS)])
-
-        lax.fori_loop(0, k_steps(info), per_k, None)
-        return acc[...]
-
-      result = pl.run_scoped(sums, plgpu.ACC((WG_ROWS, columns), jnp.float32))
-
-      @pl.when(k_steps(info) > 0)
-      def _():
-        plgpu.barrier_arrive(empty.at[lax.rem(step + k_steps(info) - 1, SLOTS)])
-
-      store(info, result, wg)
-      return step + k_steps(info)
-
-    lax.fori_loop(0, mine, per_item, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _store(sums, staging, target, row, rows):
-  """Writes the first `rows` of sums [WG_ROWS, columns], none if negative, to `target` from `row` on.
-
-  Goes through two alternating pieces of shared memory. The size of a copy is static, so less than all rows take one
-  copy per binary digit of their number.
-  """
-  for i in range(sums.shape[1] // OUT_COLUMNS):
-    columns = pl.ds(i * OUT_COLUMNS, OUT_COLUMNS)
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    piece = staging.at[i % 2]
-    piece[...] = sums[:, i * OUT_COLUMNS : (i + 1) * OUT_COLUMNS].astype(staging.dtype)
-    plgpu.commit_smem()
-    size, left = WG_ROWS, jnp.clip(rows, 0, WG_ROWS)
-    while size >= ROW_MULTIPLE:
-      done = pl.multiple_of(left & ~(2 * size - 1), ROW_MULTIPLE)
-
-      @pl.when(left & size != 0)
-      def _(piece=piece, size=size, done=done, columns=columns):
-        to = target.at[pl.ds(pl.multiple_of(row + done, ROW_MULTIPLE), size), columns]
-        plgpu.copy_smem_to_gmem(piece.at[pl.ds(done, size)], to, commit_group=False)
-
-      size //= 2
-    plgpu.commit_smem_to_gmem_group()
-
-
-def _call(body, slot_shapes, columns, shape, dtype, *operands):
-  """Calls a kernel whose ring has two operands of these shapes per slot."""
-  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-  rings = [plgpu.SMEM((SLOTS, *slot), dtype, transforms=transforms) for slot in slot_shapes]
-  staging = plgpu.SMEM((2, 2, WG_ROWS, OUT_COLUMNS), dtype, transforms=transforms)
-  barrier = plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS)
-  kernel = plgpu.kernel(
-    body,
-    out_type=jax.ShapeDtypeStruct(shape, dtype),
-    scratch_types=[*rings, staging, barrier, barrier],
-    grid=(_num_sms(),),
-    grid_names=('sm',),
-    num_threads=3,
-    thread_name='wg',
-    compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-  )
-  # A kernel's output carries no varying axes: without the cast, autodiff would add wrong reductions.
-  return vary(kernel(*operands), varying_axes(operands))
-
-
-def _num_sms() -> int:
-  device = jax.devices()[0]
-  return device.core_count if device.platform == 'gpu' else DEFAULT_SMS
+  return sums
