@@ -33,14 +33,9 @@ GPU_SHAPES = (
 
 
 def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dict]:
-  """A row per contender, with seconds and TFLOP/s of the forward product and both gradients.
-
-  Sizes are uneven (+-30%) and multiples of 8, as every kernel here wants them.
-  """
-  rng = np.random.default_rng(0)
+  """A row per contender, with seconds and TFLOP/s of the forward product and both gradients."""
   M, D, F, E = shape
-  weights = rng.uniform(0.7, 1.3, E)
-  size_e = (weights / weights.sum() * M).astype(np.int32) // 8 * 8
+  size_e = uneven_sizes(shape)
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(key, dims, dtype) for key, dims in zip(keys, ((M, D), (E, D, F), (M, F)), strict=True))
   contenders = {'dense': products(jnp.matmul, x, w[0], dy)}
@@ -72,6 +67,12 @@ def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dic
   for row in rows:
     row['of_dense'] = row['tflop_per_s'] / rows[0]['tflop_per_s']
   return rows
+
+
+def uneven_sizes(shape: Shape) -> np.ndarray:
+  """Rows per group that differ by up to 30% from the mean, multiples of 8, as every kernel here wants them."""
+  weights = np.random.default_rng(0).uniform(0.7, 1.3, shape.E)
+  return (weights / weights.sum() * shape.M).astype(np.int32) // 8 * 8
 
 
 def products(product, x, w, dy) -> dict:

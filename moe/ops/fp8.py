@@ -115,14 +115,13 @@ def _grouped(x_MD, w_eDF, size_e, backend):
 
 def _grouped_forward(x_MD, w_eDF, size_e, backend):
   x, w = quantize(x_MD, ROWS), quantize(w_eDF, BLOCKS)
-  y_MF = _product(x, w, size_e, backend, x_MD.dtype)
+  y_MF = product(x, contracted_last(w), size_e, backend, x_MD.dtype)
   return y_MF, (x, w, size_e, jnp.zeros((0,), w_eDF.dtype))
 
 
 def _grouped_backward(backend, saved, dy_MF):
   x, w, size_e, like_w = saved
-  transposed = Quantized(w.value.swapaxes(1, 2), w.scale.swapaxes(1, 2))
-  dx_MD = _product(quantize(dy_MF, ROWS), transposed, size_e, backend, dy_MF.dtype)
+  dx_MD = product(quantize(dy_MF, ROWS), w, size_e, backend, dy_MF.dtype)
   x_MD = dequantize(x, ROWS).astype(dy_MF.dtype)
   of_w = lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e)
   (dw_eDF,) = jax.vjp(of_w, w.value.astype(like_w.dtype))[1](dy_MF)  # of the vjp, only the weights' product is run
@@ -132,9 +131,14 @@ def _grouped_backward(backend, saved, dy_MF):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _product(x: Quantized, w: Quantized, size_e, backend: str, dtype) -> jax.Array:
-  """The grouped product of x [M, K] in ROWS and w [e, K, N] in BLOCKS."""
+def contracted_last(w: Quantized) -> Quantized:
+  """Matrices [e, K, N] in BLOCKS as [e, N, K]: the tensor cores take FP8 with the axis of the sum last only."""
+  return Quantized(w.value.swapaxes(1, 2), w.scale.swapaxes(1, 2))
+
+
+def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) -> jax.Array:
+  """The grouped product, in `dtype`, of rows x [M, K] in ROWS and matrices w [e, N, K] in BLOCKS."""
   if backend == 'mosaic_gpu':
-    w_eNK, scale_eAB = w.value.swapaxes(1, 2), w.scale.swapaxes(1, 2)
-    return mosaic_gpu_fp8.rows_by_matrix(x.value, x.scale, w_eNK, scale_eAB, size_e, dtype)
-  return BACKENDS[backend](dequantize(x, ROWS), dequantize(w, BLOCKS), size_e).astype(dtype)
+    return mosaic_gpu_fp8.rows_by_matrix(x.value, x.scale, w.value, w.scale, size_e, dtype)
+  w_eKN = dequantize(w, BLOCKS).swapaxes(1, 2)
+  return BACKENDS[backend](dequantize(x, ROWS), w_eKN, size_e).astype(dtype)

@@ -57,13 +57,13 @@ def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.A
         slot = lax.rem(first + k, SLOTS)
         next_scale = w_scale[e, n // BLOCK, jnp.minimum(k + 1, k_steps - 1)]  # on its way while this product runs
         plgpu.barrier_wait(full.at[slot])
+        row_scale = plgpu.load(ring_scale.at[slot], (mine,), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
         def product(acc):
           plgpu.wgmma(acc, ring_x.at[slot, mine], plgpu.transpose_ref(ring_w.at[slot], (1, 0)))
           return acc[...]
 
         sums = pl.run_scoped(product, plgpu.ACC((WG_ROWS, BLOCK), jnp.float32))
-        row_scale = plgpu.load(ring_scale.at[slot], (mine,), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
         plgpu.barrier_arrive(empty.at[slot])
         return total + sums * lax.broadcast_in_dim(row_scale * scale, sums.shape, (0,)), next_scale
 
