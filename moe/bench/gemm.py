@@ -43,7 +43,7 @@ def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dic
     run = functools.partial(grouped_matmul, size_e=jnp.asarray(size_e), backend=name, row_multiple=ROW_MULTIPLES[name])
     contenders[name] = products(run, x, w, dy)
     check(contenders[name], np.asarray(size_e), x, w, dy)
-  found = {name: [timing.kernels(*call) for call in calls.values()] for name, calls in contenders.items()}
+  found = {name: [timing.kernels(call[0]) for call in calls.values()] for name, calls in contenders.items()}
   calls = {
     (name, product): functools.partial(call[0], *call[1:])
     for name, made in contenders.items()
@@ -76,11 +76,12 @@ def uneven_sizes(shape: Shape) -> np.ndarray:
 
 
 def products(product, x, w, dy) -> dict:
-  """name -> (jitted function, arguments) of y = product(x, w) and of its gradients."""
+  """name -> (compiled function, its arguments) of y = product(x, w) and of its gradients."""
   forward = jax.jit(product)
   dx = jax.jit(lambda x, w, dy: jax.vjp(lambda x: product(x, w), x)[1](dy)[0])
   dw = jax.jit(lambda x, w, dy: jax.vjp(lambda w: product(x, w), w)[1](dy)[0])
-  return dict(zip(PRODUCTS, ((forward, x, w), (dx, x, w, dy), (dw, x, w, dy)), strict=True))
+  made = zip(PRODUCTS, (forward, dx, dw), ((x, w), (x, w, dy), (x, w, dy)), strict=True)
+  return {name: (function.lower(*arguments).compile(), *arguments) for name, function, arguments in made}
 
 
 def check(calls: dict, size_e, x, w, dy) -> None:

@@ -28,14 +28,14 @@ def measure(model: ModelConfig, tokens: int, experts, compute: str, repeats: int
       's': s,
       'tflop_per_s': 3 * tokens * (expert_flops + 2 * model.d_model * count) / s / 1e12,
       f'of_{experts[0]}_experts': s / times_s[experts[0]],
-      'kernels': timing.kernels(*made[count]),
+      'kernels': timing.kernels(made[count][0]),
     }
     for count, s in times_s.items()
   ]
 
 
 def build(model: ModelConfig, tokens: int, compute: str):
-  """(jitted gradient of a layer's squared output, weights, tokens) with random weights."""
+  """(compiled gradient of a layer's squared output, weights, tokens) with random weights."""
   config = Config(model=model, precision=PrecisionConfig(compute=compute))
   mesh = make_mesh(config)
   config = resolve(config, mesh, platform_of(mesh))
@@ -50,4 +50,4 @@ def build(model: ModelConfig, tokens: int, compute: str):
     return jax.lax.psum((y_BSD.astype(jnp.float32) ** 2).sum(), 'tensor')
 
   run = jax.shard_map(jax.grad(squares, argnums=(0, 1)), mesh=mesh, in_specs=P(), out_specs=P())
-  return jax.jit(run), weights, x_BSD
+  return jax.jit(run).lower(weights, x_BSD).compile(), weights, x_BSD

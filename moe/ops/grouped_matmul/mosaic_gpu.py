@@ -66,7 +66,7 @@ def _rows_by_matrix(x_MK, w, size_e, transpose: bool):
 
     def multiply(info, k, slot, acc, wg):
       del info, k
-      tile_w = plgpu.transpose_ref(ring_w.at[slot], (1, 0)) if transpose else ring_w.at[slot]
+      tile_w = ring_w.at[slot].transpose((1, 0)) if transpose else ring_w.at[slot]
       plgpu.wgmma(acc, ring_x.at[slot, pl.ds(wg * WG_ROWS, WG_ROWS)], tile_w)
 
     def store(info, sums, wg):
@@ -113,7 +113,7 @@ def _rows_by_rows(x_MD, dy_MF, size_e):
           part[...] = jnp.where(row < left, part[...], 0)
         plgpu.commit_smem()
 
-      plgpu.wgmma(acc, plgpu.transpose_ref(tile_x, (1, 0)), ring_dy.at[slot])
+      plgpu.wgmma(acc, tile_x.transpose((1, 0)), ring_dy.at[slot])
 
     def store(info, sums, wg):
       e, _, _, d, f = info

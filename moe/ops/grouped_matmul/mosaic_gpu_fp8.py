@@ -57,10 +57,10 @@ def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.A
         slot = lax.rem(first + k, SLOTS)
         next_scale = w_scale[e, n // BLOCK, jnp.minimum(k + 1, k_steps - 1)]  # on its way while this product runs
         plgpu.barrier_wait(full.at[slot])
-        row_scale = plgpu.load(ring_scale.at[slot], (mine,), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        row_scale = plgpu.layout_cast(ring_scale[slot, mine], plgpu.Layout.WGMMA.reduce(1))
 
         def product(acc):
-          plgpu.wgmma(acc, ring_x.at[slot, mine], plgpu.transpose_ref(ring_w.at[slot], (1, 0)))
+          plgpu.wgmma(acc, ring_x.at[slot, mine], ring_w.at[slot].transpose((1, 0)))
           return acc[...]
 
         sums = pl.run_scoped(product, plgpu.ACC((WG_ROWS, BLOCK), jnp.float32))
