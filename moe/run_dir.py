@@ -41,7 +41,7 @@ def make_dir(path: pathlib.Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / '.writable'
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process of the run may have taken it away
   except OSError as error:
     raise UserError(f'workdir {path} is not writable: {error.strerror}; choose another --workdir') from error
 
