@@ -103,8 +103,8 @@ def grouped_matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend
 def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
   """x [..., D] times w, in FP8: one expert that gets all rows."""
   x_MD = x.reshape(-1, x.shape[-1])
-  rows = -(-len(x_MD) // ROW_MULTIPLES[backend]) * ROW_MULTIPLES[backend]
-  y_MF = grouped_matmul(pad_to_multiples(x_MD, ROW_MULTIPLES[backend], 1), w_DF[None], jnp.array([rows]), backend)
+  padded_MD = pad_to_multiples(x_MD, ROW_MULTIPLES[backend], 1)
+  y_MF = grouped_matmul(padded_MD, w_DF[None], jnp.array([len(padded_MD)]), backend)
   return y_MF[: len(x_MD)].reshape(*x.shape[:-1], -1)
 
 

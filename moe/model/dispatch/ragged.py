@@ -9,7 +9,7 @@ from jax import lax
 from moe.config import ModelConfig
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert
 from moe.model.router import Routing
-from moe.ops.permute import Permutation, permute, weighted_sum
+from moe.ops.permute import Layout, Permutation, permute, weighted_sum
 from moe.ops.varying import align
 
 
@@ -39,8 +39,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: b
   away = Offsets(out_start_s, send_s, swap(in_start_s), receive_s)
   home = Offsets(in_start_s, receive_s, swap(out_start_s), send_s)
   valid_A = jnp.arange(T * K) < by.size.sum()
-  out = Permutation(by.order_M // K, valid_A, by.place_M.reshape(T, K), routing.keep_TK)
-  back = Permutation(by.place_M, routing.keep_TK.reshape(-1), by.order_M[:, None], valid_A[:, None])
+  out, back = Layout(by.order_M, valid_A, by.place_M, by.size).permutations(routing.keep_TK)
   rows = shards * buffer_rows(T, config, shards, dropless)
   rows_MD = _exchange(permute(x_TD, out), away, rows)
   regroup, regroup_back, size_e = regroup_by_expert(in_start_s, jnp.cumsum(received_se, axis=1), rows, row_multiple)
