@@ -4,30 +4,24 @@ Heads are sharded over `tensor`; latents are computed on every tensor shard. Bot
 output: the caller sums it over `tensor`.
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from moe.config import ModelConfig
+from moe.config import Config, ModelConfig
 from moe.model.norm import rms_norm
 from moe.model.parameters import Init
 from moe.model.rope import rotate, softmax_scale
-from moe.ops.varying import align
+from moe.ops import fp8
+from moe.ops.attention import attend
 
 
-@functools.partial(jax.checkpoint, static_argnums=4)
-def attend(q_BSHN, k_BSHN, v_BSHU, segment_BS, scale: float):
-  """Causal softmax attention inside each segment, in float32 inside: [B, S, H, U].
-
-  Recomputed in the backward pass: storing [B, H, S, S] costs more time than the two products that make it again.
-  """
-  logits_BHSS = jnp.einsum('bqhn,bkhn->bhqk', q_BSHN, k_BSHN, preferred_element_type=jnp.float32) * scale
-  S = segment_BS.shape[1]
-  visible_BSS = (segment_BS[:, :, None] == segment_BS[:, None, :]) & (jnp.arange(S)[:, None] >= jnp.arange(S))
-  probs_BHSS = jax.nn.softmax(jnp.where(visible_BSS[:, None], logits_BHSS, -1e30), axis=-1)
-  return jnp.einsum('bhqk,bkhu->bqhu', probs_BHSS.astype(v_BSHU.dtype), v_BSHU)
+def project(x: jax.Array, w: jax.Array, config: Config, contracted: int = 1) -> jax.Array:
+  """The last `contracted` axes of x times the first of w, in FP8 if precision.fp8 has 'attention'."""
+  shape = x.shape[: x.ndim - contracted] + w.shape[contracted:]
+  x = x.reshape(*x.shape[: x.ndim - contracted], -1)
+  w = w.reshape(x.shape[-1], -1)
+  y = fp8.matmul(x, w, config.grouped_matmul) if 'attention' in config.precision.fp8_modules else x @ w
+  return y.reshape(shape)
 
 
 class LatentAttention(nnx.Module):
@@ -52,26 +46,23 @@ class LatentAttention(nnx.Module):
     self.w_value_CHU = init.normal(C, H, U)
     self.w_out_HUD = init.normal(H, U, D)
 
-  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
     """This tensor shard's part of the output, [B, S, D]."""
-    config = self.config
-    if config.q_lora_rank:
-      latent_BSA = rms_norm(x_BSD @ self.w_query_down_DA[...], self.scale_query_A[...], config.norm_eps)
+    model = self.config
+    if model.q_lora_rank:
+      latent_BSA = rms_norm(project(x_BSD, self.w_query_down_DA[...], config), self.scale_query_A[...], model.norm_eps)
       query, w_nope, w_rope = latent_BSA, self.w_query_AHN[...], self.w_query_rope_AHR[...]
     else:
       query, w_nope, w_rope = x_BSD, self.w_query_DHN[...], self.w_query_rope_DHR[...]
-    q_nope_BSHN = jnp.einsum('bsd,dhn->bshn', query, w_nope)
-    q_rope_BSHR = rotate(jnp.einsum('bsd,dhr->bshr', query, w_rope), config)
-    latent_BSC = rms_norm(x_BSD @ self.w_kv_down_DC[...], self.scale_kv_C[...], config.norm_eps)
-    k_nope_BSHN = jnp.einsum('bsc,chn->bshn', latent_BSC, self.w_key_CHN[...])
-    # One rotary key for all heads, cast before it is copied, so that its gradient is summed over `tensor` once.
-    k_rope_BS1R = rotate((x_BSD @ self.w_key_rope_DR[...])[:, :, None], config)
-    k_rope_BSHR = jnp.broadcast_to(align(k_rope_BS1R, q_rope_BSHR)[0], q_rope_BSHR.shape)
-    v_BSHU = jnp.einsum('bsc,chu->bshu', latent_BSC, self.w_value_CHU[...])
-    q = jnp.concatenate([q_nope_BSHN, q_rope_BSHR], axis=-1)
-    k = jnp.concatenate([k_nope_BSHN, k_rope_BSHR], axis=-1)
-    out_BSHU = attend(q, k, v_BSHU, segment_BS, softmax_scale(config))
-    return jnp.einsum('bshu,hud->bsd', out_BSHU, self.w_out_HUD[...])
+    q_nope_BSHN = project(query, w_nope, config)
+    q_rope_BSHR = rotate(project(query, w_rope, config), model)
+    latent_BSC = rms_norm(project(x_BSD, self.w_kv_down_DC[...], config), self.scale_kv_C[...], model.norm_eps)
+    k_nope_BSHN = project(latent_BSC, self.w_key_CHN[...], config)
+    k_rope_BS1R = rotate(project(x_BSD, self.w_key_rope_DR[...], config)[:, :, None], model)  # one for all heads
+    v_BSHU = project(latent_BSC, self.w_value_CHU[...], config)
+    queries, keys = (q_nope_BSHN, q_rope_BSHR), (k_nope_BSHN, k_rope_BS1R)
+    out_BSHU = attend(queries, keys, v_BSHU, segment_BS, softmax_scale(model))
+    return project(out_BSHU, self.w_out_HUD[...], config, contracted=2)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -85,13 +76,13 @@ class MultiHeadAttention(nnx.Module):
     self.w_value_DHU = init.normal(D, H, U)
     self.w_out_HUD = init.normal(H, U, D)
 
-  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array) -> jax.Array:
+  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
     """This tensor shard's part of the output, [B, S, D]."""
-    q_BSHR = rotate(jnp.einsum('bsd,dhr->bshr', x_BSD, self.w_query_DHR[...]), self.config)
-    k_BSHR = rotate(jnp.einsum('bsd,dhr->bshr', x_BSD, self.w_key_DHR[...]), self.config)
-    v_BSHU = jnp.einsum('bsd,dhu->bshu', x_BSD, self.w_value_DHU[...])
-    out_BSHU = attend(q_BSHR, k_BSHR, v_BSHU, segment_BS, softmax_scale(self.config))
-    return jnp.einsum('bshu,hud->bsd', out_BSHU, self.w_out_HUD[...])
+    q_BSHR = rotate(project(x_BSD, self.w_query_DHR[...], config), self.config)
+    k_BSHR = rotate(project(x_BSD, self.w_key_DHR[...], config), self.config)
+    v_BSHU = project(x_BSD, self.w_value_DHU[...], config)
+    out_BSHU = attend((q_BSHR,), (k_BSHR,), v_BSHU, segment_BS, softmax_scale(self.config))
+    return project(out_BSHU, self.w_out_HUD[...], config, contracted=2)
 
 
 ATTENTIONS = {'mla': LatentAttention, 'mha': MultiHeadAttention}

@@ -10,7 +10,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from moe.config import ModelConfig
+from moe.config import Config, ModelConfig, PrecisionConfig
 from moe.model import rope
 from moe.model.attention import ATTENTIONS
 from moe.model.parameters import Init
@@ -46,7 +46,8 @@ def compiled(module_of, fast_jit):
   @functools.cache
   def compiled(name):
     def run(params, x_BSD, cotangent_BSD):
-      apply = lambda params, x_BSD: module_of(lambda: attention(name), params)(x_BSD, jnp.asarray(SEGMENT_BS))
+      module = lambda params: module_of(lambda: attention(name), params)
+      apply = lambda params, x_BSD: module(params)(x_BSD, jnp.asarray(SEGMENT_BS), Config(grouped_matmul='blocked'))
       y_BSD, pull = jax.vjp(apply, params, x_BSD)
       return y_BSD, *pull(cotangent_BSD)
 
@@ -95,6 +96,25 @@ def test_sees_only_earlier_positions_of_its_segment(name, compiled):
       expected_BS = np.zeros((B, S), bool)
       expected_BS[b, : position + 1] = SEGMENT_BS[b, : position + 1] == SEGMENT_BS[b, position]
       np.testing.assert_array_equal(seen_BS, expected_BS)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_fp8_projections(name, module_of):
+  """Close to the exact ones, and every weight was rounded: none of their blocks' gradients is the exact one."""
+  params, (x, cotangent) = parameters(name), inputs()
+
+  def run(fp8):
+    config = Config(grouped_matmul='blocked', precision=PrecisionConfig(fp8=fp8))
+    apply = lambda params, x: module_of(lambda: attention(name), params)(x, jnp.asarray(SEGMENT_BS), config)
+    y, pull = jax.vjp(apply, params, jnp.asarray(x))
+    return y, *pull(jnp.asarray(cotangent))
+
+  (y, dparams, dx), (exact_y, exact_dparams, exact_dx) = run('attention'), run('experts,ffn')
+  distance = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)
+  assert 1e-3 < distance(y, exact_y) < 0.2
+  assert 1e-3 < distance(dx, exact_dx) < 0.2
+  for key in params:
+    assert 1e-4 < distance(dparams[key], exact_dparams[key]) < 0.3, key
 
 
 # ---------------------------------------------------------------------------------------------------- rotary positions
