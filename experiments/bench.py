@@ -2,13 +2,18 @@
 
 python experiments/bench.py --suite=gemm
 python experiments/bench.py --suite=fp8
-python experiments/bench.py --suite=layer
+python experiments/bench.py --suite=layer --profile
+python experiments/bench.py --suite=scaling --json=scaling.json
+python experiments/bench.py --suite=step
 
 gemm: the grouped matmul's backends beside one dense matmul and, on a GPU with torch, torch's grouped_mm.
 fp8: the forward product in FP8 with block scales and, on a GPU with torch, torch's with a scale per row.
-layer: a MoE layer, router to combine, over the number of experts at fixed tokens and top-k.
+layer: a MoE layer, router to combine, beside Hugging Face's DeepseekV3MoE where torch and transformers are.
+scaling: the same over the number of experts and of tokens, with a plot beside the JSON file.
+step: a train step of configs/h200.py's model, beside Hugging Face's DeepseekV3ForCausalLM.
 
-Sizes are for 2 CPU cores or one Hopper GPU, whichever is there.
+Sizes are for 2 CPU cores or one Hopper GPU, whichever is there. A contender that fails is a row that says so, and the
+exit status is 1.
 """
 
 import json
@@ -24,16 +29,22 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from configs import h200
 from moe import cli
 from moe.bench import fp8 as fp8_suite
 from moe.bench import gemm as gemm_suite
 from moe.bench import layer as layer_suite
-from moe.config import Config, ModelConfig
+from moe.bench import peers, rows, timing
+from moe.bench import scaling as scaling_suite
+from moe.bench import step as step_suite
+from moe.config import Config, from_config_dict
 from moe.mesh import make_mesh, platform_of
 
-SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer'), 'What to measure.')
+SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer', 'scaling', 'step'), 'What to measure.')
 REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median counts.', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
+PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
+CONTENDER = flags.DEFINE_string('contender', '', 'step: measure this one here, and print its row as JSON.')
 
 
 def gemm(hopper: bool) -> list[dict]:
@@ -52,25 +63,46 @@ def fp8(hopper: bool) -> list[dict]:
 
 
 def layer(hopper: bool) -> list[dict]:
-  if hopper:
-    model = ModelConfig(d_model=2048, d_expert=1024, top_k=8)
-    return layer_suite.measure(model, 16384, (16, 32, 64, 128, 256), 'bfloat16', REPEATS.value, 10)
-  model = ModelConfig(d_model=256, d_expert=128, top_k=4, num_shared_experts=0)
-  return layer_suite.measure(model, 4096, (16, 32, 64, 128), 'float32', REPEATS.value, 1)
+  shapes = layer_suite.GPU_SHAPES if hopper else layer_suite.CPU_SHAPES
+  settings = _compute_dense_repeats_inner(hopper)
+  return [row for shape in shapes for row in layer_suite.measure(shape, *settings, PROFILE.value)]
+
+
+def scaling(hopper: bool) -> list[dict]:
+  sweeps = scaling_suite.GPU_SWEEPS if hopper else scaling_suite.CPU_SWEEPS
+  found = scaling_suite.measure(*sweeps, *_compute_dense_repeats_inner(hopper), PROFILE.value)
+  if JSON.value:
+    scaling_suite.plot(found, pathlib.Path(JSON.value).with_suffix('.png'))
+  return found
+
+
+def step(hopper: bool) -> list[dict]:
+  config = step_suite.sized(from_config_dict(h200.get_config()), 'hopper' if hopper else 'cpu')
+  if CONTENDER.value:
+    return [step_suite.contender(CONTENDER.value, config, REPEATS.value, PROFILE.value)]
+  names = [name for name in step_suite.CONTENDERS if name != peers.NAME or not peers.missing()]
+  options = [f'--repeats={REPEATS.value}', f'--profile={PROFILE.value}']
+  command = lambda name: [sys.executable, __file__, '--suite=step', f'--contender={name}', *options]
+  return step_suite.collect(config, names, command, _compute_dense_repeats_inner(hopper)[1])
+
+
+def _compute_dense_repeats_inner(hopper):
+  compute, size, inner = ('bfloat16', 8192, 5) if hopper else ('float32', 1024, 1)
+  return compute, timing.dense_tflop_per_s(size, compute, REPEATS.value, inner), REPEATS.value, inner
 
 
 def main(argv):
   del argv
-  results = {'gemm': gemm, 'fp8': fp8, 'layer': layer}[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
-  for row in results:
-    print(
-      '  '.join(f'{key} {value:.4g}' if isinstance(value, float) else f'{value!s:16}' for key, value in row.items())
-    )
-  machine = f'jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores'
-  print(machine)
-  if JSON.value:
-    found = {'suite': SUITE.value, 'machine': machine, 'results': results}
-    pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
+  suites = {'gemm': gemm, 'fp8': fp8, 'layer': layer, 'scaling': scaling, 'step': step}
+  results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
+  if CONTENDER.value:
+    print(json.dumps(results[0]))
+    return
+  machine = f'jax {jax.__version__}{peers.versions()}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores'
+  notes = [peers.missing()] if SUITE.value in ('layer', 'step') else []
+  rows.show(SUITE.value, machine, results, notes, JSON.value)
+  if any('failed' in row for row in results):
+    sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from moe import evaluate, feed, mesh, run_dir, state, step
+from moe import evaluate, feed, flops, mesh, run_dir, state, step
 from moe.balance import metrics as balance_metrics
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, profile_range
@@ -76,6 +76,8 @@ class Run:
     self.state, self.done, self.tokens = self._start()
     self.logbook = Logbook(path, self.done, config.train.steps) if jax.process_index() == 0 else None
     self._row_time, self._row_step = time.perf_counter(), self.done
+    self._flops_per_token = flops.matmul_flops_per_token(self.config)
+    self._peak_flops_per_s = flops.peak_bf16_flops_per_s(device_mesh.devices.flat[0].device_kind)
 
   def _start(self):
     """(state, steps done, tokens seen): from the newest checkpoint, another run's weights, or nothing."""
@@ -188,7 +190,10 @@ class Run:
       'tokens': self.tokens,
       'tokens_per_s': tokens_per_s,
       'step_s': step_s,
+      'model_tflop_per_s': tokens_per_s * self._flops_per_token / 1e12,
     }
+    if self._peak_flops_per_s:
+      row['mfu'] = tokens_per_s * self._flops_per_token / (self.mesh.size * self._peak_flops_per_s)
     bar.set_postfix_str(
       f'loss {row["loss"]:.3f}, MaxVio {row["max_vio_batch"]:.2f}, {tokens_per_s:,.0f} tokens/s', refresh=False
     )

@@ -29,7 +29,7 @@ def billions(count):
 
 
 def test_the_known_configs_are_there():
-  assert {'default', 'tiny', 'deepseek_v3', 'loss_free_1b', 'loss_free_3b'} <= set(CONFIGS)
+  assert {'default', 'tiny', 'deepseek_v3', 'loss_free_1b', 'loss_free_3b', 'h200'} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -61,9 +61,10 @@ def test_config_takes_overrides_and_says_how_it_is_run(name):
     ('deepseek_v3', 'model.mtp_depth=0', '671.03e9', '36.63e9'),  # arXiv 2412.19437: 671B and 37B
     ('loss_free_1b', '', '1.05e9', '0.20e9'),
     ('loss_free_3b', '', '3.03e9', '0.48e9'),
+    ('h200', '', '4.85e9', '0.77e9'),
   ],
 )
-def test_parameters_of_the_papers_models(name, arg, total, active):
+def test_parameters_are_those_of_the_docstring(name, arg, total, active):
   counted = state.count_parameters(load(name, arg))
   assert (billions(counted[0]), billions(counted[1])) == (total, active)
   assert total in docstring(name)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe import loop
+from moe import flops, loop
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, from_config_dict, to_config_dict
 from moe.errors import UserError
@@ -22,7 +22,7 @@ from moe.mesh import make_mesh
 from moe.state import abstract, shardings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMES = ('tokens_per_s', 'step_s')
+TIMES = ('tokens_per_s', 'step_s', 'model_tflop_per_s', 'mfu')
 SMALL = {
   'model.d_model': 32,
   'model.num_layers': 2,
@@ -121,6 +121,22 @@ def test_a_run_leaves_everything_behind(finished):
   assert (finished / 'sample.txt').read_text().startswith('def ')
   assert list((finished / 'tensorboard').iterdir())
   assert rows(finished)[-1]['loss'] < rows(finished)[0]['loss']
+
+
+def test_rows_count_the_models_flops(finished, corpus):
+  per_token = flops.matmul_flops_per_token(config(corpus))
+  for line in (finished / 'metrics.jsonl').read_text().splitlines():
+    row = json.loads(line)
+    assert row['model_tflop_per_s'] == pytest.approx(row['tokens_per_s'] * per_token / 1e12)
+    assert 'mfu' not in row, 'the peak of a CPU is not known'
+
+
+def test_mfu_is_of_all_devices_where_their_peak_is_known(corpus, tmp_path, monkeypatch):
+  monkeypatch.setitem(flops.PEAK_BF16_FLOPS_PER_S, 'cpu', 5e9)
+  changes = {'train.steps': 1, 'train.eval_every': 0, 'train.sample_tokens': 0, 'mesh.data': 2}
+  summary = loop.train(config(corpus, **changes), str(tmp_path))
+  row = json.loads((tmp_path / 'metrics.jsonl').read_text())
+  assert row['mfu'] == summary['mfu'] == pytest.approx(row['model_tflop_per_s'] * 1e12 / (2 * 5e9))
 
 
 def interrupted(workdir, corpus, rows_first, number):

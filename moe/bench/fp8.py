@@ -13,6 +13,7 @@ from moe.ops import fp8
 
 def measure(shape: Shape, backend: str, repeats: int, inner: int) -> list[dict]:
   """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising the rows."""
+  timing.say(f'fp8 {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
   keys = jax.random.split(jax.random.key(0))

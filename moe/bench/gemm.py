@@ -34,6 +34,7 @@ GPU_SHAPES = (
 
 def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dict]:
   """A row per contender, with seconds and TFLOP/s of the forward product and both gradients."""
+  timing.say(f'gemm {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
   keys = jax.random.split(jax.random.key(0), 3)

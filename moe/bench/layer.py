@@ -1,53 +1,185 @@
-"""Forward + backward of a MoE layer, router to combine, over the number of experts at fixed tokens and top-k."""
+"""Forward + backward of a MoE layer, router to combine, beside Hugging Face's with the same weights and tokens."""
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe.bench import timing
+from moe.bench import peers, profile, rows, timing
 from moe.config import Config, ModelConfig, PrecisionConfig
 from moe.mesh import make_mesh, platform_of
 from moe.model import layer as layers
-from moe.model.parameters import Init
+from moe.model.parameters import Init, is_float32
 from moe.step import resolve
 
-
-def measure(model: ModelConfig, tokens: int, experts, compute: str, repeats: int, inner: int) -> list[dict]:
-  """A row per number of experts; `model` gives the widths and top-k, `compute` the dtype."""
-  made = {count: build(dataclasses.replace(model, num_experts=count), tokens, compute) for count in experts}
-  times_s = timing.median_s({n: functools.partial(*call) for n, call in made.items()}, repeats, inner)
-  # Router, then three products of K experts and the shared ones, forward and twice that backward.
-  expert_flops = 6 * model.d_model * model.d_expert * (model.top_k + model.num_shared_experts)
-  return [
-    {
-      'name': f'{count} experts',
-      's': s,
-      'tflop_per_s': 3 * tokens * (expert_flops + 2 * model.d_model * count) / s / 1e12,
-      f'of_{experts[0]}_experts': s / times_s[experts[0]],
-      'kernels': timing.kernels(made[count][0]),
-    }
-    for count, s in times_s.items()
-  ]
+FP8 = 'experts,ffn'
+CHECKED = 128  # tokens that are compared with the reference
+# Frobenius norms of the errors. FP8's own rounding is 3.7% of each product, and a gradient passes five of them.
+TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.02, 'fp8': 0.15}
 
 
-def build(model: ModelConfig, tokens: int, compute: str):
-  """(compiled gradient of a layer's squared output, weights, tokens) with random weights."""
-  config = Config(model=model, precision=PrecisionConfig(compute=compute))
+class Shape(NamedTuple):
+  """T tokens of width D to K of E experts of hidden width F, and to one shared expert."""
+
+  D: int
+  F: int
+  E: int
+  K: int
+  T: int
+
+  def __str__(self):
+    return ' '.join(f'{key}{value}' for key, value in self._asdict().items())
+
+  @property
+  def model(self) -> ModelConfig:
+    return ModelConfig(d_model=self.D, d_expert=self.F, num_experts=self.E, top_k=self.K, num_shared_experts=1)
+
+  @property
+  def tflop(self) -> float:
+    """Of the matrix products, forward and twice that backward: three per expert, and the router."""
+    return 3 * 2 * self.T * (3 * self.D * self.F * (self.K + 1) + self.D * self.E) / 1e12
+
+
+GPU_SHAPES = (Shape(7168, 2048, 32, 8, 8192), Shape(2048, 1408, 64, 6, 16384), Shape(1024, 512, 64, 6, 32768))
+CPU_SHAPES = (Shape(256, 128, 16, 4, 2048),)
+
+
+class Inputs(NamedTuple):
+  """weights: nested dict of a MoELayer's parameters. x_TD: tokens. dy_TD: the gradient that comes back."""
+
+  weights: dict
+  x_TD: jax.Array
+  dy_TD: jax.Array
+
+
+def measure(
+  shape: Shape, compute: str, dense_tflop_per_s: float, repeats: int, inner: int, profiled: bool = False
+) -> list[dict]:
+  """A row per contender: ours, ours in FP8 and, where torch and transformers are, Hugging Face's."""
+  say = lambda what: timing.say(f'layer {shape}: {what}')
+  inputs, found, calls = make_inputs(shape, compute), {}, {}
+  plain = f'ours {compute}'.replace('bfloat', 'bf')
+  for name, fp8 in ((plain, ''), ('ours fp8', FP8)):
+    with rows.attempt(found, name):
+      say(f'{name}: compile and check')
+      compiled = build(shape, inputs, compute, fp8)
+      errors = check(compiled, shape, inputs, TOLERANCE['fp8' if fp8 else compute])
+      calls[name] = functools.partial(compiled, *inputs)
+      found[name] = timing.memory(compiled) | errors | {'kernels': timing.kernels(compiled)}
+  if not peers.missing():
+    with rows.attempt(found, peers.NAME):
+      say(f'{peers.NAME}: make and check')
+      peer = peers.Layer(shape.model, *inputs, compute)
+      errors = check_peer(peer, calls.get(plain), TOLERANCE[compute])
+      found[peers.NAME] = peer.memory() | errors | {'kernels': 'torch grouped_mm'}
+      calls[peers.NAME] = peer
+  say('timing')
+  for name, s in timing.median_s(calls, repeats, inner).items():
+    rate = shape.tflop / s
+    found[name] = {'s': s, 'tflop_per_s': rate, 'of_dense': rate / dense_tflop_per_s} | found[name]
+    if profiled and name.startswith('ours'):
+      say(f'{name}: profile')
+      found[name]['profile'] = profile.top_kernels(calls[name])
+  return rows.beside_peer([{'shape': str(shape), 'name': name} | row for name, row in found.items()], peers.NAME)
+
+
+def make_inputs(shape: Shape, compute: str) -> Inputs:
+  """Random weights and tokens. The router's weights are float32 as in training, of values that bf16 holds, too."""
+
+  @jax.jit
+  def make():
+    weights = nnx.to_pure_dict(nnx.split(layers.MoELayer(shape.model, Init(nnx.Rngs(0), 0.02)))[1])
+    cast = lambda path, w: w.astype(compute).astype('float32' if is_float32(path[-1].key) else compute)
+    x_TD, dy_TD = (jax.random.normal(key, (shape.T, shape.D), compute) for key in jax.random.split(jax.random.key(0)))
+    return Inputs(jax.tree.map_with_path(cast, weights), x_TD, dy_TD)
+
+  return make()
+
+
+def build(shape: Shape, inputs: Inputs, compute: str, fp8: str = ''):
+  """The compiled (weights, x_TD, dy_TD) -> (y_TD, (gradient of the weights, dx_TD))."""
+  config = Config(model=shape.model, precision=PrecisionConfig(compute=compute, fp8=fp8))
   mesh = make_mesh(config)
   config = resolve(config, mesh, platform_of(mesh))
-  graph, state = nnx.split(layers.MoELayer(model, Init(nnx.Rngs(0), 0.02)))
-  weights = jax.tree.map(lambda w: w.astype(compute), state)
-  x_BSD = jax.random.normal(jax.random.key(0), (1, tokens, model.d_model), compute)
-  mask_BS = jnp.ones((1, tokens), bool)
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: layers.MoELayer(shape.model, Init(nnx.Rngs(0), 0.02))))
 
-  def squares(weights, x_BSD):
-    bias_E = jnp.zeros(model.num_experts)
-    y_BSD, _ = layers.moe_block(nnx.merge(graph, weights), x_BSD, mask_BS, bias_E, config, dropless=False)
-    return jax.lax.psum((y_BSD.astype(jnp.float32) ** 2).sum(), 'tensor')
+  def product_with_dy(weights, x_TD, dy_TD):
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, weights)
+    mask_BS, bias_E = jnp.ones((1, shape.T), bool), jnp.zeros(shape.E)
+    y_BSD, _ = layers.moe_block(nnx.merge(graph, state), x_TD[None], mask_BS, bias_E, config, dropless=False)
+    y_TD = lax.psum(y_BSD[0], 'tensor')
+    return (y_TD.astype(jnp.float32) * dy_TD.astype(jnp.float32)).sum(), y_TD
 
-  run = jax.shard_map(jax.grad(squares, argnums=(0, 1)), mesh=mesh, in_specs=P(), out_specs=P())
-  return jax.jit(run).lower(weights, x_BSD).compile(), weights, x_BSD
+  def run(weights, x_TD, dy_TD):
+    (_, y_TD), grads = jax.value_and_grad(product_with_dy, argnums=(0, 1), has_aux=True)(weights, x_TD, dy_TD)
+    return y_TD, grads
+
+  return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P())).lower(*inputs).compile()
+
+
+def check(compiled, shape: Shape, inputs: Inputs, tolerance: float) -> dict:
+  """Errors of output and gradients against float32, of the first CHECKED tokens. AssertionError if they are too large.
+
+  No gradient comes back to the other tokens, so that the weights' gradient is of the first ones alone.
+  """
+  n = min(CHECKED, shape.T)
+  dy_TD = jnp.where(jnp.arange(shape.T)[:, None] < n, inputs.dy_TD, 0)
+  y_TD, (dw, dx_TD) = compiled(inputs.weights, inputs.x_TD, dy_TD)
+  y_nD, (want_dw, dx_nD) = reference(inputs.weights, inputs.x_TD[:n], dy_TD[:n], shape.K)
+  errors = {'error_y': relative(y_TD[:n], y_nD), 'error_dx': relative(dx_TD[:n], dx_nD)}
+  used = ('w_router_DE', 'experts', 'shared')
+  pairs = zip(*(jax.tree.leaves({key: tree[key] for key in used}) for tree in (dw, want_dw)), strict=True)
+  errors['error_dw'] = max(relative(got, want) for got, want in pairs)
+  assert max(errors.values()) < tolerance, f'{errors}, and {tolerance} is allowed'
+  return errors
+
+
+def check_peer(peer: peers.Layer, ours, tolerance: float) -> dict:
+  """How far the peer is from ours, {} if ours failed. AssertionError if it does not compute the same."""
+  if not ours:
+    return {}
+  y_TD, (dw, dx_TD) = ours()
+  pairs = zip(peer.outputs(), (y_TD, dx_TD, dw['experts']['w_down_eFD'][0]), strict=True)
+  errors = {f'to_ours_{key}': relative(got, want) for key, (got, want) in zip(('y', 'dx', 'dw'), pairs, strict=True)}
+  assert max(errors.values()) < tolerance, f'{errors}, and {tolerance} is allowed'
+  return errors
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def reference(weights: dict, x_TD: jax.Array, dy_TD: jax.Array, top_k: int):
+  """The same in float32 by another way: every expert takes all tokens, and most gates are 0."""
+
+  def swiglu(x_TD, gate_DF, up_DF, down_FD):
+    return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
+
+  def product_with_dy(weights, x_TD):
+    scores_TE = jax.nn.sigmoid(x_TD @ weights['w_router_DE'])
+    least_T1 = lax.top_k(scores_TE, top_k)[0][:, -1:]
+    gate_TE = jnp.where(scores_TE >= least_T1, scores_TE, 0)
+    gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
+    experts, shared = weights['experts'], weights['shared']
+
+    @jax.checkpoint
+    def add(y_TD, of_expert):
+      gate_T, *matrices = of_expert
+      return y_TD + gate_T[:, None] * swiglu(x_TD, *matrices), None
+
+    y_TD = swiglu(x_TD, shared['w_gate_DF'], shared['w_up_DF'], shared['w_down_FD'])
+    y_TD, _ = lax.scan(add, y_TD, (gate_TE.T, experts['w_gate_eDF'], experts['w_up_eDF'], experts['w_down_eFD']))
+    return (y_TD * dy_TD).sum(), y_TD
+
+  weights, x_TD, dy_TD = jax.tree.map(lambda a: a.astype(jnp.float32), (weights, x_TD, dy_TD))
+  with jax.default_matmul_precision('highest'):
+    (_, y_TD), grads = jax.value_and_grad(product_with_dy, argnums=(0, 1), has_aux=True)(weights, x_TD)
+  return y_TD, grads
+
+
+def relative(got, want) -> float:
+  """|got - want| / |want|, Frobenius; NaN, which no tolerance admits, if either is not finite."""
+  got, want = (jnp.asarray(a, jnp.float32) for a in (got, want))
+  return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))

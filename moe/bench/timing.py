@@ -1,11 +1,16 @@
-"""Timing calls side by side, and saying which kernels they got."""
+"""Timing calls side by side, and saying which kernels they got and how much memory they take."""
 
+import functools
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+GIB = 2**30
 
 
 def median_s(calls: Mapping[str, Callable], repeats: int, inner: int = 1) -> dict[str, float]:
@@ -33,7 +38,8 @@ def synchronize(result) -> None:
   """Waits for jax arrays, or for all of CUDA's work if `result` is of torch."""
   leaves = jax.tree.leaves(result)
   if any(type(leaf).__module__.startswith('torch') for leaf in leaves):
-    torch().cuda.synchronize()
+    if any(leaf.is_cuda for leaf in leaves):
+      torch().cuda.synchronize()
   else:
     jax.block_until_ready(result)
 
@@ -47,6 +53,14 @@ def torch():
   return torch if torch.cuda.is_available() else None
 
 
+def dense_tflop_per_s(size: int, dtype, repeats: int, inner: int) -> float:
+  """Rate of one dense product of `size` cubed: what the machine reaches in this run."""
+  say(f'dense {size}^3, {jnp.dtype(dtype).name}')
+  x, w = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
+  run = jax.jit(jnp.matmul)
+  return 2 * size**3 / median_s({'': functools.partial(run, x, w)}, repeats, inner)[''] / 1e12
+
+
 def kernels(compiled) -> str:
   """What does the matrix products of a compiled function, and how often: so that a dense expansion cannot hide."""
   text = compiled.as_text()
@@ -54,3 +68,18 @@ def kernels(compiled) -> str:
   found += [f'__{kind}' for kind in re.findall(r'"kind":"(__\w*triton\w*)"', text)]
   found += ['dot'] * len(re.findall(r' dot\(', text)) + ['while'] * len(re.findall(r' while\(', text))
   return ', '.join(f'{name} x{found.count(name)}' for name in dict.fromkeys(found)) or 'fused loops'
+
+
+def memory(compiled) -> dict:
+  """A row's entries on the memory of a compiled function."""
+  found = compiled.memory_analysis()
+  size = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+  return {
+    'peak_gib': (size - found.alias_size_in_bytes) / GIB,
+    'peak_by': 'XLA: arguments, results, temporaries',
+  }
+
+
+def say(text: str) -> None:
+  """Progress, on stderr: shows which phase is stuck."""
+  print(f'[{time.strftime("%H:%M:%S")}] {text}', file=sys.stderr, flush=True)

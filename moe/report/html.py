@@ -187,6 +187,8 @@ def _tables(run, summary):
       ('active per token', s['active_parameters']),
       ('training tokens', s['tokens']),
       ('tokens / s, median', s['tokens_per_s'] and round(s['tokens_per_s'])),
+      *([('MFU, median', f'{s["mfu"]:.1%}')] if s['mfu'] else []),
+      ('model TFLOP / s, median', s['model_tflop_per_s']),
       ('training time', _duration(s['train_s'])),
       ('device', s['device']),
     ],

@@ -109,10 +109,11 @@ def load_run(path: str | os.PathLike) -> Run:
 def summarize(run: Run) -> dict[str, Any]:
   """The run in one dictionary of JSON values; what was not measured is None.
 
-  `train_loss_last_20_rows` (nats per token) is a mean over the last 20 rows, `max_vio_batch` and `drop_rate` are means
-  over the last 10% of the rows, `tokens_per_s` is the median over all rows. `*_global` come from the expert loads of
-  the last evaluation, averaged over the MoE layers and MTP modules; `max_vio_noise_floor` is the max_vio that random
-  balanced routing of as many tokens would show. `train_s` is `step_s` times the steps since the row before, summed.
+  `train_loss_last_20_rows` (nats per token) is a mean over the last 20 rows, `max_vio_batch` and `drop_rate` are
+  means over the last 10% of the rows, `tokens_per_s`, `model_tflop_per_s` and `mfu` are medians over all rows.
+  `*_global` come from the expert loads of the last evaluation, averaged over the MoE layers and MTP modules;
+  `max_vio_noise_floor` is the max_vio that random balanced routing of as many tokens would show. `train_s` is
+  `step_s` times the steps since the row before, summed.
   """
   last_step, last_eval = run.rows[-1]['step'], run.evals[-1] if run.evals else {}
   done, tail = run.setting('train.steps'), math.ceil(TAIL_FRACTION * len(run.rows))
@@ -130,7 +131,7 @@ def summarize(run: Run) -> dict[str, Any]:
     **{key: _number(run.data.get(key)) for key in ('train_bytes', 'val_bytes')},
     **_balance(run, last_eval),
     **{key: _mean(run.rows[-tail:], key) for key in ('max_vio_batch', 'drop_rate')},
-    'tokens_per_s': _median(run.series('tokens_per_s')[1]),
+    **{key: _median(run.series(key)[1]) for key in ('tokens_per_s', 'model_tflop_per_s', 'mfu')},
     'train_s': _train_s(run),
     **{key: run.setting(f'balance.{key}') for key in ('bias_rule', 'aux_loss', 'gamma')},
     'seed': run.setting('train.seed'),

@@ -105,6 +105,7 @@ def test_summary_by_hand(run_dir):
   rows = [{'step': step, 'loss': float(step), 'tokens': 10 * step, 'step_s': 0.5} for step in range(1, 31)]
   for row in rows:
     row |= {'tokens_per_s': 100.0 + row['step'], 'max_vio_batch': float(row['step']), 'drop_rate': 0.0}
+    row['model_tflop_per_s'] = 2.0 + row['step'] % 2
   write_jsonl(run_dir / 'metrics.jsonl', rows)
   load_LE = [[5000] * 16] * 4 + [[10000] * 8 + [0] * 8]
   values = {'val_loss': 0.5, 'val_bits_per_byte': 0.75, 'val_perplexity': 1.5, 'val_tokens': VAL_TOKENS}
@@ -140,6 +141,8 @@ def test_summary_by_hand(run_dir):
     'max_vio_batch': 29.0,  # mean of 28..30
     'drop_rate': 0.0,
     'tokens_per_s': 115.5,
+    'model_tflop_per_s': 2.5,
+    'mfu': None,  # as on a device whose peak is not known
     'train_s': 15.0,
     'bias_rule': 'sign',
     'aux_loss': 'none',
@@ -181,6 +184,16 @@ def test_everything_from_the_run_is_escaped(page):
   assert '&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;' in page
   assert 'Python &lt;stdlib&gt;' in page
   assert '--config &lt;x&gt;' in page
+
+
+def test_mfu_is_shown_where_it_is_known(run_dir, page):
+  assert 'MFU' not in page
+  rows = read_jsonl(run_dir / 'metrics.jsonl')
+  write_jsonl(run_dir / 'metrics.jsonl', [row | {'mfu': 0.281, 'model_tflop_per_s': 278.0} for row in rows])
+  assert write_report(run_dir)['mfu'] == 0.281
+  page = (run_dir / 'report.html').read_text()
+  assert '28.1%' in page
+  assert '278' in page
 
 
 def test_figures_are_reproducible(run_dir):

@@ -1,0 +1,194 @@
+"""The suites of experiments/bench.py at the smallest sizes: their checks, and the rows they make."""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import h200
+from moe.bench import fp8, gemm, layer, peers, profile, rows, scaling, step, timing
+from moe.config import ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig, from_config_dict
+
+SHAPE = layer.Shape(D=32, F=16, E=4, K=2, T=64)
+GEMM_SHAPE = gemm.Shape(M=64, D=128, F=128, E=4)
+
+
+def test_gemm_rows():
+  found = gemm.measure(GEMM_SHAPE, ('blocked',), jnp.float32, 1, 1)
+  assert [row['name'] for row in found] == ['dense', 'blocked']
+  assert all(row['s'] > 0 and row['tflop_per_s'] > 0 for row in found)
+  assert rows.geometric_means(found) == {}, 'without torch there is nothing to compare with'
+
+
+def test_fp8_rows():
+  found = fp8.measure(GEMM_SHAPE, 'blocked', 1, 1)
+  assert [row['name'] for row in found] == ['fp8 blocked', 'quantize rows']
+
+
+def test_layer_rows(monkeypatch):
+  monkeypatch.setattr(peers, 'missing', lambda: 'none here')
+  found = layer.measure(SHAPE, 'float32', dense_tflop_per_s=1.0, repeats=1, inner=1, profiled=True)
+  assert [row['name'] for row in found] == ['ours float32', 'ours fp8']
+  plain, low = found
+  assert plain['of_dense'] == plain['tflop_per_s'] == pytest.approx(SHAPE.tflop / plain['s'])
+  assert plain['error_dw'] < 1e-4 < 0.01 < low['error_dw']
+  assert plain['peak_gib'] > 0
+  assert 'dot' in plain['kernels']
+  assert plain['profile']
+  assert all(ms > 0 and launches > 0 for _, ms, launches in plain['profile'])
+
+
+def test_flops_of_a_layer():
+  """Router, and K + 1 experts of three matrices; backward is twice forward."""
+  assert SHAPE.tflop * 1e12 == 64 * 3 * 2 * (32 * 4 + 3 * 3 * 32 * 16)
+
+
+def test_a_wrong_layer_is_a_row_that_failed(monkeypatch):
+  """A layer whose output is 1% off does not get a time."""
+  monkeypatch.setattr(peers, 'missing', lambda: 'none here')
+  build = layer.build
+
+  def wrong(*arguments):
+    compiled = build(*arguments)
+
+    def call(*inputs):
+      y_TD, grads = compiled(*inputs)
+      return 1.01 * y_TD, grads
+
+    return call
+
+  monkeypatch.setattr(layer, 'build', wrong)
+  row, *_ = layer.measure(SHAPE, 'float32', 1.0, 1, 1)
+  assert 'is allowed' in row['failed']
+  assert 's' not in row
+
+
+def test_scaling_rows_and_plot(tmp_path):
+  found = scaling.measure(SHAPE, (4, 8), (64,), 'float32', dense_tflop_per_s=1.0, repeats=1, inner=1)
+  assert [(row['name'], row['count']) for row in found] == [
+    ('over experts', 4),
+    ('over experts', 8),
+    ('over tokens', 64),
+  ]
+  assert found[0]['of_first_per_token'] == found[2]['of_first_per_token'] == 1
+  assert found[1]['of_first_per_token'] == pytest.approx(found[1]['s'] / found[0]['s'])
+  scaling.plot(found, tmp_path / 'scaling.png')
+  assert (tmp_path / 'scaling.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.fixture
+def small():
+  config = from_config_dict(h200.get_config())
+  return dataclasses.replace(
+    config,
+    model=ModelConfig(
+      vocab_size=128, d_model=32, num_layers=2, d_ff=32, d_expert=16, num_experts=4, top_k=2, mtp_depth=0
+    ),
+    data=dataclasses.replace(config.data, seq_len=16),
+    train=TrainConfig(batch_size=4),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    precision=PrecisionConfig(),
+  )
+
+
+def test_step_row(small):
+  row = step.contender(step.OURS, small, repeats=3)
+  assert abs(row['loss_first'] - math.log(128)) < 0.2
+  assert row['loss_last'] < row['loss_first']
+  assert row['tokens_per_s'] == pytest.approx(4 * 16 / row['s'])
+  assert row['tflop_per_s'] > 0
+  assert row['peak_gib'] > 0
+
+
+def test_step_runs_the_model_of_the_config_on_a_gpu_only():
+  config = from_config_dict(h200.get_config())
+  assert step.sized(config, 'hopper').model == config.model
+  assert step.sized(config, 'cpu').model.d_model == 128
+
+
+@pytest.mark.parametrize(
+  ('losses', 'message'),
+  [([4.8, math.nan], 'nan'), ([6.0, 5.0], 'far from ln 128'), ([4.8, 4.9], 'does not fall')],
+)
+def test_step_refuses_losses_that_are_not_of_a_training(losses, message):
+  with pytest.raises(AssertionError, match=message):
+    step.check(losses, 128, falling=True)
+
+
+def test_contenders_of_a_step_are_processes_of_their_own(small):
+  """Noise before the row is skipped, and a process that fails is a row, too."""
+  rate = {step.OURS: 2.0, peers.NAME: 4.0}
+
+  def command(name):
+    text = f'print("noise")\nprint({json.dumps(json.dumps({"tflop_per_s": rate.get(name)}))})'
+    return [sys.executable, '-c', text if name in rate else 'raise SystemExit(3)']
+
+  found = step.collect(small, step.CONTENDERS, command, dense_tflop_per_s=8.0)
+  shape = '4x16 tokens'
+  assert found[0] == {'shape': shape, 'name': 'ours', 'tflop_per_s': 2.0, 'of_dense': 0.25, 'of_peer': 0.5}
+  assert 'exit status 3' in found[1]['failed']
+  assert found[2]['of_peer'] == 1
+  assert rows.geometric_means(found) == {'ours': 0.5}
+
+
+def test_geometric_means_over_shapes():
+  rates = {('a', 'torch x'): 2.0, ('a', 'ours'): 4.0, ('b', 'torch x'): 1.0, ('b', 'ours'): 0.5, ('b', 'dense'): 9.0}
+  found = [{'shape': shape, 'name': name, 'tflop_per_s': rate} for (shape, name), rate in rates.items()]
+  found += [{'shape': 'c', 'name': 'ours', 'tflop_per_s': 7.0}, {'shape': 'a', 'name': 'quantize', 'gb_per_s': 1.0}]
+  assert rows.geometric_means(found) == {'ours': pytest.approx(1.0)}
+
+
+def test_show_prints_and_writes(tmp_path, capsys):
+  found = [
+    {'shape': 'a', 'name': 'ours', 'tflop_per_s': 1.5, 'profile': [('kernel_of_mine', 2.0, 3.0)]},
+    {'shape': 'a', 'name': 'torch', 'tflop_per_s': 1.0},
+  ]
+  rows.show('layer', 'a machine', found, ['a note', ''], str(tmp_path / 'out.json'))
+  printed = capsys.readouterr().out
+  assert 'kernel_of_mine' in printed
+  assert printed.index('a machine') < printed.index('a note') < printed.index('geometric mean')
+  assert printed.endswith('ours 1.500\n')
+  written = json.loads((tmp_path / 'out.json').read_text())
+  assert written['results'][0]['profile'][0][0] == 'kernel_of_mine'
+  assert written['geometric_mean_of_peer'] == {'ours': pytest.approx(1.5)}
+
+
+def test_top_kernels_counts_calls():
+  x = jnp.ones((64, 64))
+  call = functools.partial(jax.jit(lambda x: jnp.sin(x @ x)), x)
+  found = profile.top_kernels(call, calls=2)
+  assert found == sorted(found, key=lambda row: -row[1])
+  assert found
+  assert all(ms > 0 and launches == 1 for _, ms, launches in found)
+  assert len(profile.table(found).splitlines()) == len(found)
+
+
+def test_dense_rate_is_a_rate():
+  assert timing.dense_tflop_per_s(64, 'float32', 1, 1) > 0
+
+
+@pytest.fixture
+def torch_peer():
+  if peers.missing():
+    pytest.skip(peers.missing())
+
+
+@pytest.mark.usefixtures('torch_peer')
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_hugging_faces_layer_computes_the_same(compute):
+  found = layer.measure(SHAPE, compute, 1.0, 1, 1)
+  assert found[-1]['name'] == peers.NAME
+  assert 'failed' not in found[-1]
+  assert found[0]['of_peer'] == pytest.approx(found[0]['tflop_per_s'] / found[-1]['tflop_per_s'])
+
+
+@pytest.mark.usefixtures('torch_peer')
+def test_hugging_faces_step(small):
+  row = step.contender(peers.NAME, small, repeats=3)
+  assert abs(row['loss_first'] - math.log(128)) < 0.2
+  assert row['tokens_per_s'] > 0
