@@ -110,6 +110,7 @@ class TrainConfig:
   seed: int = 0  # of weights and of the data order
   mtp_weight: float = 0.3  # lambda of the MTP loss
   remat: str = 'none'  # none | dots (keep matmul outputs) | full (keep layer inputs only)
+  unroll_layers: int = 1  # MoE layers per turn of the loop over them: more compile longer and copy fewer weights
   log_every: int = 1  # steps per row of metrics.jsonl
   eval_every: int = 250  # steps between evaluations; 0: only at the end
   eval_sequences: int = 0  # validation sequences of a periodic evaluation; 0: all (the last evaluation always is)
@@ -285,7 +286,7 @@ def validate(config: Config) -> None:
   _validate_model(config.model)
   _validate_balance(config)
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
-  _at_least(train, 'train', 1, 'steps batch_size microbatches log_every')
+  _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
   _at_least(train, 'train', 0, 'seed mtp_weight eval_every eval_sequences sample_tokens')
   _one_of('train.remat', train.remat, ('none', 'dots', 'full'))
   _require(

@@ -150,19 +150,25 @@ def _gradients(params, bias_LE, batch, placements, config: Config):
 
   def add(carry, micro):
     total, sums = carry
-    grads, new = jax.grad(microbatch_loss, has_aux=True)(weights, micro, sums.router.load_E)
+    grads, new = gradient(weights, micro, sums.router.load_E)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), (total, sums), (grads, new)), None
 
-  no_load_LE = vary(jnp.zeros(bias_LE.shape, jnp.int32), BATCH_AXES)
-  first = jax.tree.map(lambda a: a[0], batch)
-  sums = jax.eval_shape(lambda: microbatch_loss(weights, first, no_load_LE)[1])
-  start = (
-    jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), sorted(varying_axes(w))), weights),
-    jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), BATCH_AXES), sums),
-  )
-  (total, sums), _ = lax.scan(add, start, batch)
+  first, no_load_LE = jax.tree.map(lambda a: a[0], batch), vary(jnp.zeros(bias_LE.shape, jnp.int32), BATCH_AXES)
+  gradient = jax.grad(microbatch_loss, has_aux=True)
+  if len(batch['token_BS']) == 1:  # nothing to add up, so no float32 copy of the gradients is kept
+    total, sums = gradient(weights, first, no_load_LE)
+  else:
+    start = (
+      jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), varying_axes(w)), weights),
+      jax.tree.map(
+        lambda a: vary(jnp.zeros(a.shape, a.dtype), BATCH_AXES),
+        jax.eval_shape(lambda: microbatch_loss(weights, first, no_load_LE)[1]),
+      ),
+    )
+    (total, sums), _ = lax.scan(add, start, batch)
 
   def reduce(placed, grad):
+    grad = grad.astype(jnp.float32)
     if placed.zero_dim is None:
       return lax.psum(grad, placed.zero_axes)
     return lax.psum_scatter(grad, placed.zero_axes, scatter_dimension=placed.zero_dim, tiled=True)

@@ -28,7 +28,7 @@ class DenseLayer(nnx.Module):
     self.ffn = FeedForward(config.d_model, config.d_ff, init)
 
   def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
-    x_BSD = attention_block(self, x_BSD, segment_BS)
+    x_BSD = attention_block(self, x_BSD, segment_BS, config)
     return x_BSD + lax.psum(self.ffn(rms_norm(x_BSD, self.scale_ffn_D[...], self.eps), config), 'tensor')
 
 
@@ -49,15 +49,15 @@ class MoELayer(nnx.Module):
     self, x_BSD: jax.Array, segment_BS: jax.Array, mask_BS: jax.Array, bias_E: jax.Array, config: Config, dropless: bool
   ) -> tuple[jax.Array, RouterStats]:
     """Args: the residual stream, document ids, tokens to route and count, the routing bias, resolved backends."""
-    x_BSD = attention_block(self, x_BSD, segment_BS)
+    x_BSD = attention_block(self, x_BSD, segment_BS, config)
     h_BSD = rms_norm(x_BSD, self.scale_ffn_D[...], self.eps)
     y_BSD, stats = moe_block(self, h_BSD, mask_BS, bias_E, config, dropless)
     return x_BSD + lax.psum(y_BSD, 'tensor'), stats
 
 
-def attention_block(layer, x_BSD, segment_BS):
+def attention_block(layer, x_BSD, segment_BS, config: Config):
   normed_BSD = rms_norm(x_BSD, layer.scale_attention_D[...], layer.eps)
-  return x_BSD + lax.psum(layer.attention(normed_BSD, segment_BS), 'tensor')
+  return x_BSD + lax.psum(layer.attention(normed_BSD, segment_BS, config), 'tensor')
 
 
 def moe_block(layer: MoELayer, h_BSD, mask_BS, bias_E, config: Config, dropless: bool):

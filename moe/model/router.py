@@ -100,6 +100,6 @@ def within_capacity(expert_TK, weight_TK, keep_TK, config: ModelConfig) -> jax.A
   # Sort by (expert, weight descending); a row's place inside its expert is its rank there.
   order_M = jnp.lexsort((-weight_TK.reshape(-1), expert_M))
   sorted_M = expert_M[order_M]
-  first_M = jnp.searchsorted(sorted_M, sorted_M, side='left')
+  first_M = (expert_M < jnp.arange(config.num_experts + 1)[:, None]).sum(1)[sorted_M]
   rank_M = (jnp.arange(len(order_M)) - first_M)[jnp.argsort(order_M)]
   return keep_TK & (rank_M < capacity(tokens, config)).reshape(keep_TK.shape)

@@ -20,7 +20,8 @@ from moe.config import BalanceConfig, Config, ModelConfig
 from moe.model.layer import DenseLayer, MoELayer
 from moe.model.norm import rms_norm
 from moe.model.parameters import Init, RouterBias
-from moe.ops.varying import align
+from moe.ops import attention, grouped_matmul
+from moe.ops.cross_entropy import cross_entropy, mask_padding
 
 
 class MTPModule(nnx.Module):
@@ -54,11 +55,24 @@ class Transformer(nnx.Module):
 
 
 def remat(function, policy: str):
-  """`function` recomputed in the backward pass as train.remat says: none, dots (matmul outputs kept) or full."""
+  """`function` recomputed in the backward pass as train.remat says.
+
+  dots keeps the results of matrix products and what attention needs, so that only cheap things run again: norms,
+  rotations, gates, activations, and copies of rows. full keeps the arguments alone.
+  """
   if policy == 'none':
     return function
-  kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == 'dots' else None
-  return jax.checkpoint(function, policy=kept)
+  return jax.checkpoint(function, policy=_is_product if policy == 'dots' else None)
+
+
+_NAMED = jax.checkpoint_policies.save_only_these_names(attention.SAVED, grouped_matmul.SAVED)
+
+
+def _is_product(primitive, *args, **params) -> bool:
+  """A policy of jax.checkpoint: keeps matrix products, those inside kernels too, and what carries a name of ours."""
+  kernel = primitive.name in ('pallas_call', 'mpmd_map', 'custom_vmap_call')  # how Pallas calls kernels, by version
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return kernel or dots(primitive, *args, **params) or _NAMED(primitive, *args, **params)
 
 
 def embed_tokens(model: Transformer, token_BS: jax.Array) -> jax.Array:
@@ -89,7 +103,7 @@ def stack(
     state, bias_E = weights
     return nnx.merge(graph, state)(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
 
-  return lax.scan(remat(layer, config.train.remat), x_BSD, (layers, bias_LE))
+  return lax.scan(remat(layer, config.train.remat), x_BSD, (layers, bias_LE), unroll=config.train.unroll_layers)
 
 
 def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, config: Config, dropless: bool):
@@ -115,21 +129,19 @@ def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, con
 def head(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array) -> jax.Array:
   """float32 logits of this shard's slice of the vocabulary, [B, S, V]; padded entries are -1e30."""
   normed_BSD = rms_norm(h_BSD, scale_D, model.config.norm_eps)
-  w_DV = model.w_embedding_VD[...].T if model.config.tie_embeddings else model.w_head_DV[...]
-  logits_BSV = jnp.einsum('bsd,dv->bsv', normed_BSD, w_DV, preferred_element_type=jnp.float32)
-  token_V = lax.axis_index('tensor') * w_DV.shape[1] + jnp.arange(w_DV.shape[1])
-  return jnp.where(token_V < model.config.vocab_size, logits_BSV, -1e30)
+  logits_BSV = jnp.einsum('bsd,dv->bsv', normed_BSD, _head_weights(model), preferred_element_type=jnp.float32)
+  return mask_padding(logits_BSV, model.config.vocab_size)
 
 
-def cross_entropy(logits_BSV: jax.Array, target_BS: jax.Array) -> jax.Array:
-  """float32 -log p(target) per position, from logits whose vocabulary is sharded over `tensor`."""
-  top_BS = lax.pmax(lax.stop_gradient(logits_BSV.max(-1)), 'tensor')
-  sum_BS = lax.psum(jnp.exp(logits_BSV - top_BS[..., None]).sum(-1), 'tensor')
-  local_BS = target_BS - lax.axis_index('tensor') * logits_BSV.shape[-1]
-  here_BS = (local_BS >= 0) & (local_BS < logits_BSV.shape[-1])
-  logits_BSV, index_BS1 = align(logits_BSV, jnp.where(here_BS, local_BS, 0)[..., None])
-  picked_BS = jnp.take_along_axis(logits_BSV, index_BS1, axis=-1)[..., 0]
-  return jnp.log(sum_BS) + top_BS - lax.psum(jnp.where(here_BS, picked_BS, 0), 'tensor')
+def nats(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):
+  """Sum over positions of weight * cross-entropy of the head's prediction, float32."""
+  normed = jax.checkpoint(lambda h_BSD: rms_norm(h_BSD, scale_D, model.config.norm_eps))
+  h_TD = normed(h_BSD).reshape(-1, h_BSD.shape[-1])
+  return cross_entropy(h_TD, _head_weights(model), target_BS.ravel(), weight_BS.ravel(), model.config.vocab_size)
+
+
+def _head_weights(model):
+  return model.w_embedding_VD[...].T if model.config.tie_embeddings else model.w_head_DV[...]
 
 
 @functools.lru_cache(maxsize=8)

@@ -31,8 +31,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, mosaic_gpu_fp8
+from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, SAVED, mosaic_gpu_fp8
 from moe.ops.grouped_matmul.persistent import pad_to_multiples
 from moe.ops.varying import align
 
@@ -116,6 +117,7 @@ def _grouped(x_MD, w_eDF, size_e, backend):
 def _grouped_forward(x_MD, w_eDF, size_e, backend):
   x, w = quantize(x_MD, ROWS), quantize(w_eDF, BLOCKS)
   y_MF = product(x, contracted_last(w), size_e, backend, x_MD.dtype)
+  x, w, y_MF = checkpoint_name((x, w, y_MF), SAVED)
   return y_MF, (x, w, size_e, jnp.zeros((0,), w_eDF.dtype))
 
 

@@ -73,9 +73,17 @@ def sort_by_key(key_M: jax.Array, num_keys: int) -> Sorted:
   """Stable sort of keys 0..num_keys; key num_keys means 'nowhere' and comes last, outside `size`."""
   order_M = jnp.argsort(key_M, stable=True)
   place_M = jnp.argsort(order_M)
-  end = jnp.searchsorted(key_M[order_M], jnp.arange(num_keys), side='right').astype(jnp.int32)
+  end = (key_M <= jnp.arange(num_keys)[:, None]).sum(1, dtype=jnp.int32)
   start = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1]])
   return Sorted(order_M, place_M, end - start, start)
+
+
+def key_of(row_M: jax.Array, end: jax.Array) -> jax.Array:
+  """int32 key of each row, from where each key's rows end; the number of keys for rows past them all.
+
+  By comparing with all: a binary search is a loop, and costs a GPU a launch per step.
+  """
+  return (row_M[:, None] >= end).sum(1, dtype=jnp.int32)
 
 
 class Layout(NamedTuple):
@@ -108,7 +116,7 @@ def lay_out(key_A: jax.Array, num_keys: int, rows: int, multiple: int = 1) -> La
   end = jnp.cumsum(size)
   start = end - size
   row_M = jnp.arange(padded_rows(rows, num_keys, multiple))
-  key_M = jnp.minimum(jnp.searchsorted(end, row_M, side='right'), num_keys - 1)
+  key_M = jnp.minimum(key_of(row_M, end), num_keys - 1)
   inside_M = row_M - start[key_M]
   order_M = by.order_M.at[by.start[key_M] + inside_M].get(mode='clip')
   place_A = by.place_M + (start - by.start).at[key_A].get(mode='clip')

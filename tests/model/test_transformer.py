@@ -185,24 +185,25 @@ def test_vocabulary(tied, tensor, mesh_of, fast_jit):
     model = transformer.build(config, params, jnp.asarray(bias_LE))
     embedded_BSD = transformer.embed_tokens(model, jnp.asarray(token_BS))
     logits_BSV = transformer.head(model, h_BSD, model.scale_out_D[...])
-    return embedded_BSD, logits_BSV, transformer.cross_entropy(logits_BSV, jnp.asarray(target_BS))
+    nats = transformer.nats(model, h_BSD, model.scale_out_D[...], jnp.asarray(target_BS), jnp.asarray(weight_BS))
+    return embedded_BSD, logits_BSV, nats
 
   out_specs = (P(), P(None, None, 'tensor'), P())
   mapped = jax.shard_map(local, mesh=mesh_of(tensor=tensor), in_specs=(specs, P()), out_specs=out_specs)
 
   def value(params, h_BSD):
-    embedded_BSD, logits_BSV, nats_BS = mapped(params, h_BSD)
-    return (nats_BS * weight_BS).sum() + (embedded_BSD * h_BSD).sum(), (embedded_BSD, logits_BSV, nats_BS)
+    embedded_BSD, logits_BSV, nats = mapped(params, h_BSD)
+    return nats + (embedded_BSD * h_BSD).sum(), (embedded_BSD, logits_BSV, nats)
 
-  grad, (embedded_BSD, logits_BSV, nats_BS) = fast_jit(jax.grad(value, has_aux=True))(params, h_BSD)
+  grad, (embedded_BSD, logits_BSV, nats) = fast_jit(jax.grad(value, has_aux=True))(params, h_BSD)
 
   w, h = oracle.float64(params), oracle.float64(h_BSD)
   logits = lambda w: oracle.logits(h, w['scale_out_D'], w, config.model)
-  nats = lambda w: -np.take_along_axis(np.log(oracle.softmax(logits(w))), target_BS[..., None], -1)[..., 0]
+  nats_BS = -np.take_along_axis(np.log(oracle.softmax(logits(w))), target_BS[..., None], -1)[..., 0]
   np.testing.assert_array_equal(embedded_BSD, params['w_embedding_VD'][token_BS])
   np.testing.assert_allclose(logits_BSV[..., :200], logits(w), rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(jax.nn.softmax(logits_BSV)[..., 200:], 0)
-  np.testing.assert_allclose(nats_BS, nats(w), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(nats, (nats_BS * weight_BS).sum(), rtol=1e-5)
 
   # Gradients: of the loss through the head, and of the embedding through its lookup.
   expected_VD = np.zeros((256, 8))

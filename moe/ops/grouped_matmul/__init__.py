@@ -11,13 +11,15 @@ Each has a function `matmul(x_MD, w_eDF, size_e) -> y_MF`, differentiable in x a
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe.errors import UserError
 from moe.ops.grouped_matmul import blocked, mosaic_gpu, ragged_dot
-from moe.ops.permute import lay_out, permute
+from moe.ops.permute import key_of, lay_out, permute
 from moe.ops.varying import align
 
 BACKENDS = {'blocked': blocked.matmul, 'mosaic_gpu': mosaic_gpu.matmul, 'ragged_dot': ragged_dot.matmul}
+SAVED = 'grouped_matmul'  # name of results, for policies of jax.checkpoint, which do not see products inside kernels
 ROW_MULTIPLES = {'blocked': 1, 'mosaic_gpu': mosaic_gpu.ROW_MULTIPLE, 'ragged_dot': 1}  # of every expert's rows
 
 
@@ -63,9 +65,8 @@ def grouped_matmul(
   x_MD, w_eDF, size_e = align(x_MD, w_eDF, size_e)
   needed = ROW_MULTIPLES[backend]
   if row_multiple % needed == 0:
-    return BACKENDS[backend](x_MD, w_eDF, size_e)
-  end_e = jnp.cumsum(size_e)
-  expert_M1 = jnp.searchsorted(end_e, jnp.arange(len(x_MD)), side='right')[:, None]  # len(size_e) past the sum
+    return checkpoint_name(BACKENDS[backend](x_MD, w_eDF, size_e), SAVED)
+  expert_M1 = key_of(jnp.arange(len(x_MD)), jnp.cumsum(size_e))[:, None]  # len(size_e) past the sum
   layout = lay_out(expert_M1[:, 0], len(size_e), len(x_MD), needed)
   out, back = layout.permutations(expert_M1 < len(size_e))
-  return permute(BACKENDS[backend](permute(x_MD, out), w_eDF, layout.size), back)
+  return checkpoint_name(permute(BACKENDS[backend](permute(x_MD, out), w_eDF, layout.size), back), SAVED)

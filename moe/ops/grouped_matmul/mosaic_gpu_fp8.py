@@ -13,10 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe.ops.grouped_matmul import persistent
-from moe.ops.grouped_matmul.persistent import TILE_M, WG_ROWS, Tiles, tile_table
+from moe.ops.grouped_matmul.persistent import WG_ROWS, Tiles, tile_table
 
 BLOCK = 128  # of K and N: one scale
-SLOTS = 5
+MULTIPLIERS, SLOTS = 3, 4  # with a third multiplier, the tensor cores work while the others add up
+TILE_M = MULTIPLIERS * WG_ROWS
 
 
 def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.Array:
@@ -75,12 +76,14 @@ def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.A
       target = y.at[:, pl.ds(n, BLOCK)]
       persistent.store_rows(sums, out.at[wg], target, r + wg * WG_ROWS, rows - wg * WG_ROWS)
 
-    persistent.run(count[0] * n_tiles, item, lambda info: k_steps, load, multiply, store, SLOTS, full, empty)
+    persistent.run(
+      count[0] * n_tiles, item, lambda info: k_steps, load, multiply, store, SLOTS, full, empty, MULTIPLIERS
+    )
 
   ring = {
     'x': ((TILE_M, BLOCK), x_MK.dtype),
     'scale': ((TILE_M,), jnp.float32),
     'w': ((BLOCK, BLOCK), w_eNK.dtype),
   }
-  operands = (*tile_table(size_e, M), x_MK, scale_MB.T, w_eNK, scale_eAB)
-  return persistent.call(body, SLOTS, ring, (M, N), out_dtype, *operands)
+  operands = (*tile_table(size_e, M, TILE_M), x_MK, scale_MB.T, w_eNK, scale_eAB)
+  return persistent.call(body, SLOTS, ring, (M, N), out_dtype, *operands, multipliers=MULTIPLIERS)

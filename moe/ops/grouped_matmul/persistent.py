@@ -18,37 +18,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe.ops.permute import key_of
 from moe.ops.varying import vary, varying_axes
 
-TILE_M = 128
-WG_ROWS = TILE_M // 2  # rows of a tile that each multiplying warpgroup computes
+WG_ROWS = 64  # rows of a tile that each multiplying warpgroup computes
+TILE_M = 2 * WG_ROWS
 ROW_MULTIPLE = 8  # of every expert's rows: shared memory is swizzled in groups of 8 rows
 SWIZZLE_BYTES = 128  # width of a row of such a group
 BAND = 8  # tiles of rows that run over the same columns together, for the L2 cache's sake
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = 40, 232
+REGISTERS = {2: (40, 232), 3: (32, 160)}  # number of multipliers -> registers of a loading and a multiplying thread
 DEFAULT_SMS = 132  # of an H100, where the program is only lowered
 
 
 class Tiles(NamedTuple):
-  """Tiles of TILE_M rows, in row order. count: int32 [1]; the others per tile, of which the first `count` are used."""
+  """Tiles of rows, in row order. count: int32 [1]; the others per tile, of which the first `count` are used."""
 
   count: jax.Array
   expert: jax.Array
   row: jax.Array  # first row
-  rows: jax.Array  # rows to store: TILE_M, or the whole of a smaller expert
+  rows: jax.Array  # rows to store: those of a tile, or the whole of a smaller expert
 
 
-def tile_table(size_e: jax.Array, rows: int) -> Tiles:
-  """Which expert and rows each tile has."""
-  tiles_e = -(-size_e // TILE_M)
+def tile_table(size_e: jax.Array, rows: int, tile_m: int = TILE_M) -> Tiles:
+  """Which expert and rows each tile of `tile_m` rows has."""
+  tiles_e = -(-size_e // tile_m)
   end_e, tiles_end_e = jnp.cumsum(size_e), jnp.cumsum(tiles_e)
-  tile = jnp.arange(rows // TILE_M + len(size_e))
-  expert = jnp.minimum(jnp.searchsorted(tiles_end_e, tile, side='right'), len(size_e) - 1)
+  tile = jnp.arange(rows // tile_m + len(size_e))
+  expert = jnp.minimum(key_of(tile, tiles_end_e), len(size_e) - 1)
   size, end = size_e[expert], end_e[expert]
-  row = end - size + (tile - (tiles_end_e - tiles_e)[expert]) * TILE_M
-  row = jnp.where(size >= TILE_M, jnp.minimum(row, end - TILE_M), row)
+  row = end - size + (tile - (tiles_end_e - tiles_e)[expert]) * tile_m
+  row = jnp.where(size >= tile_m, jnp.minimum(row, end - tile_m), row)
   cast = lambda a: a.astype(jnp.int32)
-  return Tiles(cast(tiles_end_e[-1:]), cast(expert), cast(row), cast(jnp.minimum(end - row, TILE_M)))
+  return Tiles(cast(tiles_end_e[-1:]), cast(expert), cast(row), cast(jnp.minimum(end - row, tile_m)))
 
 
 def tile_of(i, tiles: Tiles, n_tiles: int, tile_n: int):
@@ -63,7 +64,7 @@ def tile_of(i, tiles: Tiles, n_tiles: int, tile_n: int):
   return tiles.expert[m], pl.multiple_of(tiles.row[m], ROW_MULTIPLE), tiles.rows[m], n * tile_n
 
 
-def run(total, item, k_steps, load, multiply, store, slots: int, full, empty):
+def run(total, item, k_steps, load, multiply, store, slots: int, full, empty, multipliers: int = 2):
   """What each block does with its share of `total` work items: the loader's and the multipliers' loops.
 
   Args:
@@ -74,13 +75,15 @@ def run(total, item, k_steps, load, multiply, store, slots: int, full, empty):
     multiply: (info, first, wg) waits for steps `first` and on, in slots numbered modulo `slots`, releases each and
       returns the sums of one warpgroup.
     store: (info, sums, wg) writes them.
+    multipliers: number of multiplying warpgroups.
   """
   sm, sms, wg = lax.axis_index('sm'), lax.axis_size('sm'), lax.axis_index('wg')
   mine = (total - sm + sms - 1) // sms
+  loader_registers, multiplier_registers = REGISTERS[multipliers]
 
-  @pl.when(wg == 2)
+  @pl.when(wg == multipliers)
   def _():
-    plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
+    plgpu.set_max_registers(loader_registers, action='decrease')
 
     def per_item(j, step):
       info = item(sm + j * sms)
@@ -97,9 +100,9 @@ def run(total, item, k_steps, load, multiply, store, slots: int, full, empty):
     for slot in range(slots):  # no barrier may be left with an arrival that nobody waited for
       plgpu.barrier_wait(empty.at[slot])
 
-  @pl.when(wg < 2)
+  @pl.when(wg < multipliers)
   def _():
-    plgpu.set_max_registers(MULTIPLIER_REGISTERS, action='increase')
+    plgpu.set_max_registers(multiplier_registers, action='increase')
     for slot in range(slots):
       plgpu.barrier_arrive(empty.at[slot])
 
@@ -138,7 +141,7 @@ def store_rows(sums, staging, target, row, rows):
     plgpu.commit_smem_to_gmem_group()
 
 
-def call(body, slots: int, ring: dict, shape, dtype, *operands):
+def call(body, slots: int, ring: dict, shape, dtype, *operands, multipliers: int = 2):
   """Calls a persistent kernel.
 
   Args:
@@ -148,18 +151,19 @@ def call(body, slots: int, ring: dict, shape, dtype, *operands):
     ring: name -> (shape, dtype) of what a slot holds, one copy each.
     shape, dtype: of the output.
     operands: arrays.
+    multipliers: as in `run`.
   """
   pieces = [smem((slots, *piece), kind) for piece, kind in ring.values()]
-  staging = smem((2, 2, WG_ROWS, swizzled_width(dtype)), dtype)
+  staging = smem((multipliers, 2, WG_ROWS, swizzled_width(dtype)), dtype)
   full = plgpu.Barrier(num_arrivals=len(ring), num_barriers=slots)
-  empty = plgpu.Barrier(num_arrivals=2, num_barriers=slots)
+  empty = plgpu.Barrier(num_arrivals=multipliers, num_barriers=slots)
   kernel = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(shape, dtype),
     scratch_types=[*pieces, staging, full, empty],
     grid=(_num_sms(),),
     grid_names=('sm',),
-    num_threads=3,
+    num_threads=multipliers + 1,
     thread_name='wg',
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
   )
