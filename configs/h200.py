@@ -47,7 +47,7 @@ def get_config(arg: str = ''):
         init_std=0.006,
       ),
       data=DataConfig(tokenizer='bpe', seq_len=2048),
-      train=TrainConfig(steps=1000, batch_size=8, remat='dots', eval_every=250, eval_sequences=64),
+      train=TrainConfig(steps=1000, batch_size=8, remat='dots', unroll_layers=11, eval_every=250, eval_sequences=64),
       optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=100, moments='bfloat16'),
       precision=PrecisionConfig(compute='bfloat16'),
       checkpoint=CheckpointConfig(every_steps=0, keep=1),

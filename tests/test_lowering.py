@@ -101,11 +101,11 @@ def test_v3_lowers_for_2048_gpus_with_its_tokens_sent_to_their_experts_only():
   assert {(item.groups, item.shape, item.dtype) for item in sent} == {
     (over_expert, (rows, 7168), 'bf16') for rows in (4096 * 8, 64 * 4096 * 4)
   }
-  # The experts' three products run in the Hopper kernels: forward, recomputed and two gradients each, at both places.
+  # The experts' two products run in the Hopper kernels: forward, recomputed and two gradients each, at both places.
   kernels = collections.Counter(
     str(op.attributes['call_target_name']) for op in operations(module.operation) if op.name == 'stablehlo.custom_call'
   )
-  assert kernels['"mosaic_gpu_v2"'] == 3 * (1 + 1 + 2) * 2
+  assert kernels['"mosaic_gpu_v2"'] == 2 * (1 + 1 + 2) * 2
   # Besides, GPUs tell one another how many rows come, and nothing more.
   rest = [item for item in found if item.groups == over_expert and item.kind != 'ragged_all_to_all']
   assert {(item.kind, item.dtype) for item in rest} == {('all_to_all', 'i32')}

@@ -12,31 +12,32 @@ from moe.ops import fp8
 
 
 def measure(shape: Shape, backend: str, repeats: int, inner: int) -> list[dict]:
-  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising the rows."""
+  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising both operands."""
   timing.say(f'fp8 {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
   keys = jax.random.split(jax.random.key(0))
   x_MD = jax.random.normal(keys[0], (M, D), jnp.bfloat16)
   w_eDF = jax.random.normal(keys[1], (E, D, F), jnp.bfloat16)
-  quantize = jax.jit(lambda x: fp8.quantize(x, fp8.ROWS))
-  x, w = quantize(x_MD), jax.jit(lambda w: fp8.quantize(w, fp8.BLOCKS))(w_eDF)
-  product = jax.jit(lambda x, w: fp8.product(x, fp8.contracted_last(w), jnp.asarray(size_e), backend, jnp.bfloat16))
-  errors = check(product(x, w), x, w, x_MD, w_eDF, size_e)
-  laid_out = jax.jit(fp8.contracted_last)(w)  # as a train step does once for all microbatches
+  quantize = jax.jit(lambda x: fp8.quantize_rows(x, backend))
+  quantize_matrices = jax.jit(lambda w: fp8.quantize_matrices(w, backend))
+  x, (w, laid_out) = quantize(x_MD), quantize_matrices(w_eDF)
   run = jax.jit(lambda x, w: fp8.product(x, w, jnp.asarray(size_e), backend, jnp.bfloat16)).lower(x, laid_out).compile()
+  errors = check(run(x, laid_out), x, w, x_MD, w_eDF, size_e)
   calls = {
     f'fp8 {backend}': functools.partial(run, x, laid_out),
     'quantize rows': functools.partial(quantize, x_MD),
+    'quantize matrices': functools.partial(quantize_matrices, w_eDF),
   }
   if timing.torch():
     calls['torch _scaled_grouped_mm'] = torch_product(shape, size_e)
   times_s = timing.median_s(calls, repeats, inner)
   tflop = 2 * int(size_e.sum()) * D * F / 1e12
-  of_rows_gb = M * D * (2 + 1 + 4 / fp8.BLOCK) / 1e9
+  # Read in bf16; written in FP8 with scales, matrices in both orientations.
+  moved_gb = {'quantize rows': M * D * (2 + 1 + 4 / fp8.BLOCK) / 1e9, 'quantize matrices': E * D * F * (2 + 2) / 1e9}
   rows = []
   for name, s in times_s.items():
-    rate = {'gb_per_s': of_rows_gb / s} if name.startswith('quantize') else {'tflop_per_s': tflop / s}
+    rate = {'gb_per_s': moved_gb[name] / s} if name in moved_gb else {'tflop_per_s': tflop / s}
     rows.append({'shape': 'x'.join(map(str, shape)), 'name': name, 's': s, **rate})
   rows[0] |= errors | {'kernels': timing.kernels(run)}
   return rows

@@ -5,6 +5,7 @@ output: the caller sums it over `tensor`.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
@@ -56,9 +57,12 @@ class LatentAttention(nnx.Module):
       query, w_nope, w_rope = x_BSD, self.w_query_DHN[...], self.w_query_rope_DHR[...]
     q_nope_BSHN = project(query, w_nope, config)
     q_rope_BSHR = rotate(project(query, w_rope, config), model)
-    latent_BSC = rms_norm(project(x_BSD, self.w_kv_down_DC[...], config), self.scale_kv_C[...], model.norm_eps)
+    # Side by side as one matrix: the rotary key's product alone is too narrow for a GPU.
+    w_DCR = jnp.concatenate([self.w_kv_down_DC[...], self.w_key_rope_DR[...]], axis=1)
+    down_BSC, k_rope_BSR = jnp.split(project(x_BSD, w_DCR, config), [model.kv_lora_rank], axis=-1)
+    latent_BSC = rms_norm(down_BSC, self.scale_kv_C[...], model.norm_eps)
     k_nope_BSHN = project(latent_BSC, self.w_key_CHN[...], config)
-    k_rope_BS1R = rotate(project(x_BSD, self.w_key_rope_DR[...], config)[:, :, None], model)  # one for all heads
+    k_rope_BS1R = rotate(k_rope_BSR[:, :, None], model)  # one for all heads
     v_BSHU = project(latent_BSC, self.w_value_CHU[...], config)
     queries, keys = (q_nope_BSHN, q_rope_BSHR), (k_nope_BSHN, k_rope_BS1R)
     out_BSHU = attend(queries, keys, v_BSHU, segment_BS, softmax_scale(model))

@@ -3,7 +3,10 @@
 The hidden width F is sharded over `tensor`; both return this shard's part of the output, for the caller to sum.
 """
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
@@ -24,9 +27,9 @@ class FeedForward(nnx.Module):
     """[..., D] -> this tensor shard's part of [..., D]."""
 
     def product(x, w):
-      return fp8.matmul(x, w[...], config.grouped_matmul) if 'ffn' in config.precision.fp8_modules else x @ w[...]
+      return fp8.matmul(x, w, config.grouped_matmul) if 'ffn' in config.precision.fp8_modules else x @ w
 
-    return product(jax.nn.silu(product(x, self.w_gate_DF)) * product(x, self.w_up_DF), self.w_down_FD)
+    return swiglu(x, self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...], product)
 
 
 class Experts(nnx.Module):
@@ -50,7 +53,16 @@ class Experts(nnx.Module):
 
     def product(x, w):
       if 'experts' in config.precision.fp8_modules:
-        return fp8.grouped_matmul(x, w[...], size_e, backend)
-      return grouped_matmul(x, w[...], size_e, backend, ROW_MULTIPLES[backend])
+        return fp8.grouped_matmul(x, w, size_e, backend)
+      return grouped_matmul(x, w, size_e, backend, ROW_MULTIPLES[backend])
 
-    return product(jax.nn.silu(product(x_MD, self.w_gate_eDF)) * product(x_MD, self.w_up_eDF), self.w_down_eFD)
+    return swiglu(x_MD, self.w_gate_eDF[...], self.w_up_eDF[...], self.w_down_eFD[...], product)
+
+
+def swiglu(x, w_gate, w_up, w_down, product: Callable) -> jax.Array:
+  """(silu(x w_gate) * x w_up) w_down, in two calls of `product`.
+
+  The two matrices that take x go side by side as one: x is read, and its gradient summed, once.
+  """
+  gate, up = jnp.split(product(x, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)
+  return product(jax.nn.silu(gate) * up, w_down)

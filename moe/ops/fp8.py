@@ -33,13 +33,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from moe.ops import quantize_gpu
 from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, SAVED, mosaic_gpu_fp8
 from moe.ops.grouped_matmul.persistent import pad_to_multiples
+from moe.ops.quantize_gpu import BLOCK, FP8, LARGEST
 from moe.ops.varying import align
 
-FP8 = jnp.float8_e4m3fn
-LARGEST = float(jnp.finfo(FP8).max)  # 448
-BLOCK = 128
 ROWS, BLOCKS = (1, BLOCK), (BLOCK, BLOCK)  # rows and columns that share a scale
 
 
@@ -115,15 +114,15 @@ def _grouped(x_MD, w_eDF, size_e, backend):
 
 
 def _grouped_forward(x_MD, w_eDF, size_e, backend):
-  x, w = quantize(x_MD, ROWS), quantize(w_eDF, BLOCKS)
-  y_MF = product(x, contracted_last(w), size_e, backend, x_MD.dtype)
+  x, (w, contracted_last) = quantize_rows(x_MD, backend), quantize_matrices(w_eDF, backend)
+  y_MF = product(x, contracted_last, size_e, backend, x_MD.dtype)
   x, w, y_MF = checkpoint_name((x, w, y_MF), SAVED)
   return y_MF, (x, w, size_e, jnp.zeros((0,), w_eDF.dtype))
 
 
 def _grouped_backward(backend, saved, dy_MF):
   x, w, size_e, like_w = saved
-  dx_MD = product(quantize(dy_MF, ROWS), w, size_e, backend, dy_MF.dtype)
+  dx_MD = product(quantize_rows(dy_MF, backend), w, size_e, backend, dy_MF.dtype)
   x_MD = dequantize(x, ROWS).astype(dy_MF.dtype)
   of_w = lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e)
   (dw_eDF,) = jax.vjp(of_w, w.value.astype(like_w.dtype))[1](dy_MF)  # of the vjp, only the weights' product is run
@@ -133,9 +132,19 @@ def _grouped_backward(backend, saved, dy_MF):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def contracted_last(w: Quantized) -> Quantized:
-  """Matrices [e, K, N] in BLOCKS as [e, N, K]: the tensor cores take FP8 with the axis of the sum last only."""
-  return Quantized(w.value.swapaxes(1, 2), w.scale.swapaxes(1, 2))
+def quantize_rows(x_MK: jax.Array, backend: str) -> Quantized:
+  """In ROWS, by one kernel if the backend is mosaic_gpu; K is a multiple of BLOCK then."""
+  return Quantized(*quantize_gpu.rows(x_MK)) if backend == 'mosaic_gpu' else quantize(x_MK, ROWS)
+
+
+def quantize_matrices(w_eKN: jax.Array, backend: str) -> tuple[Quantized, Quantized]:
+  """Matrices in BLOCKS, and the same as [e, N, K]: the tensor cores take FP8 with the axis of the sum last only."""
+  if backend == 'mosaic_gpu':
+    value, turned, scale = quantize_gpu.matrices(w_eKN)
+  else:
+    value, scale = quantize(w_eKN, BLOCKS)
+    turned = value.swapaxes(1, 2)
+  return Quantized(value, scale), Quantized(turned, scale.swapaxes(1, 2))
 
 
 def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) -> jax.Array:

@@ -128,7 +128,41 @@ def padded_rows(rows: int, num_keys: int, multiple: int) -> int:
   return -(-(rows + num_keys * (multiple - 1)) // multiple) * multiple
 
 
-def weighted_sum(rows_AD: jax.Array, weight_TK: jax.Array) -> jax.Array:
-  """y_TD = sum over K of weight * row, in float32, in the rows' dtype. Rows come as A = T * K in assignment order."""
-  rows_TKD = rows_AD.reshape(*weight_TK.shape, rows_AD.shape[-1]).astype(jnp.float32)
-  return (rows_TKD * weight_TK[:, :, None]).sum(1).astype(rows_AD.dtype)
+def combine_rows(rows_MD: jax.Array, back: Permutation, weight_TK: jax.Array) -> jax.Array:
+  """y_TD = sum over K of weight * row, in float32, in the rows' dtype.
+
+  Args:
+    rows_MD: rows.
+    back: from rows to the T * K assignments; no row has two assignments.
+    weight_TK: weight of each assignment.
+  """
+  return _combine(*align(rows_MD, back, weight_TK))
+
+
+@jax.custom_vjp
+def _combine(rows_MD, back, weight_TK):
+  # One gather per copy, all in one loop over the output: no [T * K, D] array.
+  return sum(row_TD * weight_TK[:, k, None] for k, row_TD in _copies(rows_MD, back, weight_TK)).astype(rows_MD.dtype)
+
+
+def _combine_forward(rows_MD, back, weight_TK):
+  return _combine(rows_MD, back, weight_TK), (rows_MD, back, weight_TK)
+
+
+def _combine_backward(saved, dy_TD):
+  rows_MD, back, weight_TK = saved
+  dweight_TK = jnp.stack([(row_TD * dy_TD).sum(1) for _, row_TD in _copies(rows_MD, back, weight_TK)], axis=1)
+  assignment_M, used_M = back.inverse_XK[:, 0], back.used_XK[:, 0]
+  weight_M = weight_TK.ravel().at[assignment_M].get(mode='clip')
+  dy_MD = _gather(dy_TD, assignment_M // weight_TK.shape[1], used_M)
+  return (dy_MD * weight_M[:, None]).astype(rows_MD.dtype), None, dweight_TK.astype(weight_TK.dtype)
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _copies(rows_MD, back, weight_TK):
+  """(k, float32 rows of every token's assignment k) for each k."""
+  source_TK, valid_TK = (a.reshape(weight_TK.shape) for a in (back.source_Y, back.valid_Y))
+  for k in range(weight_TK.shape[1]):
+    yield k, _gather(rows_MD, source_TK[:, k], valid_TK[:, k]).astype(jnp.float32)

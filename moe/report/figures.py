@@ -40,7 +40,7 @@ def loss(run: 'Run') -> Figure | None:
     return None
   scale = _bits_per_byte(run)
   figure, axes = _panel('bits per byte' if scale else 'nats per token', HEIGHT_IN * 1.15)
-  _curve(axes, steps, nats * (scale or 1), BLUE, 'training')
+  curve(axes, steps, nats * (scale or 1), BLUE, 'training')
   key = 'val_bits_per_byte' if scale else 'val_loss'
   points = [(row['step'], row[key]) for row in run.evals if _finite(row.get(key))]
   if points:
@@ -102,7 +102,7 @@ def drop_rate(run: 'Run') -> Figure | None:
   if not rates.any():
     return None
   figure, axes = _panel('dropped token copies')
-  _curve(axes, steps, rates, ORANGE)
+  curve(axes, steps, rates, ORANGE)
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
   axes.set_ylim(bottom=0)
   return figure
@@ -114,7 +114,7 @@ def throughput(run: 'Run') -> Figure | None:
   if not len(steps):
     return None
   figure, axes = _panel('tokens / s')
-  _curve(axes, steps, rates, GREEN, smooth=False)
+  curve(axes, steps, rates, GREEN, smooth=False)
   median = float(np.median(rates))
   axes.axhline(median, color=GREY, linestyle='--', linewidth=1.2, label=f'median {median:,.0f}')
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
@@ -131,7 +131,7 @@ def health(run: 'Run') -> list[tuple[str, Figure]]:
     ('Gradient norm', 'grad_norm', BLUE),
     ('Learning rate', 'learning_rate', GREY),
   ):
-    figures.append((title, _health_curve(run, key, color)))
+    figures.append((title, _healthcurve(run, key, color)))
   return [(title, figure) for title, figure in figures if figure]
 
 
@@ -162,12 +162,12 @@ def _bias_range(run):
   return figure
 
 
-def _health_curve(run, key, color):
+def _healthcurve(run, key, color):
   steps, values = run.series(key)
   if not len(steps):
     return None
   figure, axes = _panel(key.replace('_', ' '))
-  _curve(axes, steps, values, color, smooth=key != 'learning_rate')
+  curve(axes, steps, values, color, smooth=key != 'learning_rate')
   axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 4), useMathText=True)
   return figure
 
@@ -215,7 +215,7 @@ def _panel(ylabel, height_in=HEIGHT_IN):
   return figure, axes
 
 
-def _curve(axes, steps, values, color, label=None, smooth=True):
+def curve(axes, steps, values, color, label=None, smooth=True):
   """Raw values faint and their running mean bold, or only the raw values; dots where a line would be too short."""
   if len(steps) < 3:
     axes.plot(steps, values, 'o', color=color, label=label)

@@ -27,7 +27,7 @@ def test_gemm_rows():
 
 def test_fp8_rows():
   found = fp8.measure(GEMM_SHAPE, 'blocked', 1, 1)
-  assert [row['name'] for row in found] == ['fp8 blocked', 'quantize rows']
+  assert [row['name'] for row in found] == ['fp8 blocked', 'quantize rows', 'quantize matrices']
 
 
 def test_layer_rows(monkeypatch):

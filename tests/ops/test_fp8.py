@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe.ops import fp8
+from moe.ops import fp8, quantize_gpu
 
 GAUSSIAN = np.random.default_rng(0).normal(size=(2, 300, 200)).astype(np.float32)
 OUTLIERS = np.where(np.random.default_rng(1).random(GAUSSIAN.shape) < 0.01, 1e4 * GAUSSIAN, GAUSSIAN)
@@ -108,3 +108,23 @@ def test_two_of_three_kernels_are_fp8_when_lowered_for_cuda(sizes):
   types = [line.rsplit(' : ', 1)[1] for line in kernels]
   assert sorted(types_of.count('f8E4M3FN') for types_of in types) == [0, 2, 2]
   assert 'dot_general' not in text
+
+
+@pytest.mark.parametrize('shape', [(64, 256), (1000, 1408), (8, 7168)])
+def test_interpreted_kernel_quantizes_rows_as_jnp_does(shape):
+  x = jnp.asarray(
+    np.random.default_rng(4).normal(size=shape) * 10.0 ** np.arange(-6, 2).repeat(shape[1] // 8), 'bfloat16'
+  )
+  expected = fp8.quantize(x, fp8.ROWS)
+  value, scale = quantize_gpu.rows(x, interpret=True)
+  np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(expected.value, np.float32))
+  np.testing.assert_array_equal(scale, expected.scale)
+
+
+def test_interpreted_kernel_quantizes_matrices_as_jnp_does():
+  w = jnp.asarray(np.random.default_rng(5).normal(size=(3, 256, 384)), 'bfloat16')
+  expected = fp8.quantize(w, fp8.BLOCKS)
+  value, turned, scale = quantize_gpu.matrices(w, interpret=True)
+  np.testing.assert_array_equal(np.asarray(value, np.float32), np.asarray(expected.value, np.float32))
+  np.testing.assert_array_equal(np.asarray(turned, np.float32), np.asarray(value, np.float32).swapaxes(1, 2))
+  np.testing.assert_array_equal(scale, expected.scale)

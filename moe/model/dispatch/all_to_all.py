@@ -12,7 +12,7 @@ from jax import lax
 
 from moe.config import ModelConfig
 from moe.model.router import Routing, capacity
-from moe.ops.permute import Permutation, Sorted, lay_out, permute, sort_by_key, weighted_sum
+from moe.ops.permute import Permutation, Sorted, combine_rows, lay_out, permute, sort_by_key
 
 
 class Plan(NamedTuple):
@@ -36,7 +36,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: b
 def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
   """See `moe.model.dispatch`."""
   rows_MD = lax.all_to_all(permute(y_MD, plan.regroup_back), 'expert', split_axis=0, concat_axis=0, tiled=True)
-  return weighted_sum(permute(rows_MD, plan.unpack), plan.weight_TK)
+  return combine_rows(rows_MD, plan.unpack, plan.weight_TK)
 
 
 def buffer_rows(tokens: int, config: ModelConfig, shards: int, dropless: bool) -> int:

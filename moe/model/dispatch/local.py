@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moe.config import ModelConfig
 from moe.model.router import Routing
-from moe.ops.permute import Permutation, lay_out, permute, weighted_sum
+from moe.ops.permute import Permutation, combine_rows, lay_out, permute
 
 
 class Plan(NamedTuple):
@@ -24,7 +24,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: b
 
 def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
   """See `moe.model.dispatch`."""
-  return weighted_sum(permute(y_MD, plan.back), plan.weight_TK)
+  return combine_rows(y_MD, plan.back, plan.weight_TK)
 
 
 def expert_order(expert_TK, keep_TK, num_experts: int, rows: int, row_multiple: int):

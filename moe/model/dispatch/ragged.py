@@ -9,7 +9,7 @@ from jax import lax
 from moe.config import ModelConfig
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert
 from moe.model.router import Routing
-from moe.ops.permute import Layout, Permutation, permute, weighted_sum
+from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
 
 
@@ -49,7 +49,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: b
 def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
   """See `moe.model.dispatch`."""
   rows_AD = _exchange(permute(y_MD, plan.regroup_back), plan.home, plan.weight_TK.size)
-  return weighted_sum(permute(rows_AD, plan.back), plan.weight_TK)
+  return combine_rows(rows_AD, plan.back, plan.weight_TK)
 
 
 def _exchange(rows_MD, offsets: Offsets, rows: int):

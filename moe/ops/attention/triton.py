@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from moe.ops.varying import vary, varying_axes
+from moe.ops.triton_call import call
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30
@@ -33,13 +33,15 @@ def forward(queries, keys, v_BSHU, start_BS, scale: float, interpret: bool = Fal
   block_q, block_k, warps, stages = FORWARD
   kernel = functools.partial(_forward_kernel, parts=len(queries), scale=scale * LOG2_E, block_k=block_k)
   tile, whole = functools.partial(_spec, block_q), functools.partial(_spec, S)
-  out_BSHU, lse_BHS = _call(
+  out_BSHU, lse_BHS = call(
     kernel,
     (S // block_q, H, B),
     (*queries, *keys, v_BSHU, start_BS),
     [*map(tile, queries), *map(whole, keys), whole(v_BSHU), _position_spec(block_q)],
     [((B, S, H, U), v_BSHU.dtype, tile(v_BSHU)), ((B, H, S), jnp.float32, _row_spec(block_q))],
-    (warps, stages, interpret),
+    warps,
+    stages,
+    interpret,
   )
   return out_BSHU[:, : shape[1], :, : shape[3]], lse_BHS[:, :, : shape[1]] / LOG2_E
 
@@ -71,7 +73,7 @@ def _dq(queries, keys, v_BSHU, operands, start_BS, scale, interpret):
   tile, whole, row = functools.partial(_spec, block_q), functools.partial(_spec, S), _row_spec(block_q)
   specs = [*map(tile, queries), *map(whole, keys), whole(v_BSHU), tile(v_BSHU), row, row, _position_spec(block_q)]
   outs = [(query.shape, query.dtype, tile(query)) for query in queries]
-  return _call(kernel, (S // block_q, H, B), (*operands, start_BS), specs, outs, (warps, stages, interpret))
+  return call(kernel, (S // block_q, H, B), (*operands, start_BS), specs, outs, warps, stages, interpret)
 
 
 def _dkv(queries, keys, v_BSHU, operands, end_BS, scale, interpret):
@@ -81,7 +83,7 @@ def _dkv(queries, keys, v_BSHU, operands, end_BS, scale, interpret):
   tile, whole, row = functools.partial(_spec, block_k), functools.partial(_spec, S), _row_spec(S, whole=True)
   specs = [*map(whole, queries), *map(tile, keys), tile(v_BSHU), whole(v_BSHU), row, row, _position_spec(block_k)]
   outs = [(a.shape, a.dtype, tile(a)) for a in (*queries, v_BSHU)]  # a key's gradient has a row per head
-  return _call(kernel, (S // block_k, H, B), (*operands, end_BS), specs, outs, (warps, stages, interpret))
+  return call(kernel, (S // block_k, H, B), (*operands, end_BS), specs, outs, warps, stages, interpret)
 
 
 def _forward_kernel(*refs, parts: int, scale: float, block_k: int):
@@ -191,23 +193,6 @@ def _products(left, right):
 
 def _mask(scores, columns, first, end):
   return jnp.where((columns[None] >= first) & (columns[None] < end), scores, MASKED)
-
-
-def _call(kernel, grid, operands, specs, outs, how):
-  """Calls a kernel; outs: (shape, dtype, spec) of each output; how: warps, stages, interpret."""
-  warps, stages, interpret = how
-  axes = varying_axes(operands)
-  kind = jax.typeof(vary(jnp.zeros(()), axes)).manual_axis_type
-  results = pl.pallas_call(
-    kernel,
-    grid=grid,
-    in_specs=specs,
-    out_specs=[spec for _, _, spec in outs],
-    out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outs],
-    compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-    interpret=interpret,
-  )(*operands)
-  return vary(results, axes)
 
 
 def _spec(rows, a_BSHd):
