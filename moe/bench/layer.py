@@ -20,6 +20,8 @@ FP8 = 'experts,ffn'
 CHECKED = 128  # tokens that are compared with the reference
 # Frobenius norms of the errors. FP8's own rounding is 3.7% of each product, and a gradient passes five of them.
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.02, 'fp8': 0.15}
+# The peer adds up a token's experts in bf16, and a few tokens that are as near to two experts go to the other one.
+PEER_TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.1}
 
 
 class Shape(NamedTuple):
@@ -74,7 +76,7 @@ def measure(
     with rows.attempt(found, peers.NAME):
       say(f'{peers.NAME}: make and check')
       peer = peers.Layer(shape.model, *inputs, compute)
-      errors = check_peer(peer, calls.get(plain), TOLERANCE[compute])
+      errors = check_peer(peer, calls.get(plain), PEER_TOLERANCE[compute])
       found[peers.NAME] = peer.memory() | errors | {'kernels': 'torch grouped_mm'}
       calls[peers.NAME] = peer
   say('timing')
