@@ -17,7 +17,7 @@ from moe.errors import UserError
 BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
 AUX_LOSSES = ('none', 'switch', 'sequence')
 DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
-FP8_MODULES = ('experts', 'ffn', 'attention')
+FP8_MODULES = ('experts', 'ffn', 'attention', 'dispatch')
 GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
@@ -141,7 +141,9 @@ class OptimizerConfig:
 class PrecisionConfig:
   """Master weights, router, norms' statistics and losses are always float32."""
 
-  fp8: str = ''  # what runs in FP8 (moe/ops/fp8.py), comma-separated: experts, ffn (dense, shared), attention (projections)
+  # What is in FP8 (moe/ops/fp8.py), comma-separated: the matmuls of experts, ffn (dense and shared) and attention (its
+  # projections), and dispatch: rows on their way to experts of other shards.
+  fp8: str = ''
   compute: str = 'float32'  # float32 | bfloat16, of activations and of the weights used in matmuls
   matmul: str = 'default'  # default | highest, precision of float32 matmuls (default is TF32 on GPUs)
 

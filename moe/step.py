@@ -17,6 +17,7 @@ from moe import loss as losses
 from moe import sharding, state
 from moe.balance import rules
 from moe.config import Config
+from moe.errors import UserError
 from moe.mesh import BATCH_AXES
 from moe.model import dispatch, transformer
 from moe.model.parameters import is_float32
@@ -29,11 +30,18 @@ BATCH_SPEC = P(None, BATCH_AXES)  # [microbatches, B, S + 1]
 
 
 def resolve(config: Config, mesh, platform: str) -> Config:
-  """The config with every 'auto' replaced by what it means on this mesh and platform (see `mesh.platform_of`)."""
+  """The config with every 'auto' replaced by what it means on this mesh and platform (see `mesh.platform_of`).
+
+  Raises:
+    UserError: a backend or the FP8 policy does not run there.
+  """
+  fp8, compute = config.precision.fp8, config.precision.compute
+  if fp8 and (platform, compute) == ('hopper', 'float32'):
+    raise UserError(f'config precision.fp8 = {fp8!r} needs precision.compute = bfloat16 on a Hopper GPU, not {compute}')
   return dataclasses.replace(
     config,
     dispatch=dispatch.resolve_backend(config.dispatch, mesh.shape['expert']),
-    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform, config.precision.compute),
+    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute),
   )
 
 

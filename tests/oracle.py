@@ -7,6 +7,7 @@ Routing is dense: [T, E] arrays that are 0 or False for experts that were not ch
 import math
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 
@@ -314,3 +315,19 @@ def numerical_gradient(function, x, step=1e-6):
 
 def max_vio(load_E):
   return load_E.max() / load_E.mean() - 1
+
+
+def quantize(x, rows, columns, power_of_two=False):
+  """FP8 with scales: dequantised float64 values of a matrix, and its scales, by loops over blocks."""
+  out, scales = np.zeros(x.shape), []
+  for r in range(0, x.shape[0], rows):
+    scales.append([])
+    for c in range(0, x.shape[1], columns):
+      block = x[r : r + rows, c : c + columns]
+      scale = np.float32(max(np.abs(block).max(), np.float32(1e-4))) / np.float32(448)
+      if power_of_two:
+        scale = np.float32(2.0 ** np.ceil(np.log2(scale)))
+      rounded = np.clip(block / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+      out[r : r + rows, c : c + columns] = rounded.astype(np.float64) * scale
+      scales[-1].append(scale)
+  return out, np.array(scales)

@@ -137,3 +137,28 @@ def test_v3_lowers_for_16_gpus_with_the_other_dispatches(dispatch, kinds):
     sizes['experts' if 'experts' in jax.tree_util.keystr(path) else 'others'] += leaf.size
   assert total(found, 'all_gather', over_both) * 16 == total(found, 'reduce_scatter', over_both) == sizes['others']
   assert total(found, 'all_gather', over_data) * 2 == total(found, 'reduce_scatter', over_data) == sizes['experts'] // 8
+
+
+# Products: gate and up, down; in FP8 also the shared expert's two and attention's six. Each has two gradients.
+@pytest.mark.parametrize(
+  ('remat', 'fp8', 'products', 'attention'),
+  [
+    ('none', '', 2 * 3, 3),
+    ('dots', '', 2 * 3, 3),
+    ('full', '', 2 * 4, 4),
+    ('none', 'experts,ffn,attention', 10 * 3, 3),
+    ('dots', 'experts,ffn,attention', 10 * 3, 3),
+    ('full', 'experts,ffn,attention', 10 * 4 - 1, 4),  # the shared expert's last product is not needed again
+  ],
+)
+def test_what_runs_again_in_the_backward_pass(remat, fp8, products, attention):
+  """One layer of configs/h200.py: with 'dots', no matrix product and no attention runs again."""
+  config = load('h200', f'model.num_layers=1,model.num_dense_layers=0,train.unroll_layers=1,train.remat={remat}')
+  config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8=fp8))
+  module = lower(config, (1, 1, 1, 1))
+  kernels = [
+    operation.attributes for operation in operations(module.operation) if operation.name == 'stablehlo.custom_call'
+  ]
+  count = lambda text: sum(text in str(attributes) for attributes in kernels)
+  assert count('"mosaic_gpu_v2"') == products
+  assert count('_forward_kernel') + count('_dq_kernel') + count('_dkv_kernel') == attention

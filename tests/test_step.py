@@ -13,6 +13,7 @@ from test_step_mesh import CONFIG, QUICK, SMALL, Run, change, documents, leaves,
 
 from moe import state, step
 from moe.config import AUX_LOSSES, BIAS_RULES
+from moe.errors import UserError
 from moe.mesh import abstract_mesh
 
 # gamma moves any expert past any other, so that a bias at work is seen in the loads.
@@ -63,8 +64,10 @@ def assert_same_step(got, expected, tolerance):
     np.testing.assert_allclose(got[key], expected[key], rtol=tolerance, atol=1e-7, err_msg=key)
 
 
-@pytest.mark.parametrize('train', [{'microbatches': 4, 'remat': 'dots'}, {'remat': 'full'}], ids=str)
-def test_neither_accumulation_nor_recomputation_changes_a_step(train, base, mesh_of):
+@pytest.mark.parametrize(
+  'train', [{'microbatches': 4, 'remat': 'dots'}, {'remat': 'full', 'unroll_layers': 2}], ids=str
+)
+def test_neither_accumulation_nor_recomputation_nor_unrolling_changes_a_step(train, base, mesh_of):
   """Loads counted twice by a recomputed layer, or averaged over microbatches, would show."""
   other = Run(change(STEP, train=train), mesh_of())
   assert_same_step(first_step(other), first_step(base), 1e-5)
@@ -94,15 +97,32 @@ def test_bfloat16_compute_leaves_masters_and_bias_in_float32(base, mesh_of):
 
 def test_fp8_rounds_the_modules_that_the_policy_names(mesh_of):
   config = change(STEP, model=dataclasses.replace(STEP.model, num_shared_experts=1))
-  exact, experts, ffn = (
-    first_step(Run(change(config, precision={'fp8': modules}), mesh_of())) for modules in ('', 'experts', 'ffn')
+  exact, experts, ffn, attention = (
+    first_step(Run(change(config, precision={'fp8': modules}), mesh_of()))
+    for modules in ('', 'experts', 'ffn', 'attention')
   )
-  for got in (experts, ffn):
+  for got in (experts, ffn, attention):
     assert 1e-6 < relative(got['loss'], exact['loss']) < 0.01
     assert relative(got['grad_norm'], exact['grad_norm']) < 0.05
-  assert experts['loss'] != ffn['loss']
-  # The first router sees no rounded number.
+  assert len({float(got['loss']) for got in (experts, ffn, attention)}) == 3
+  # The first router sees no rounded number, unless attention before it rounds.
   np.testing.assert_array_equal(experts['load_LE'][0], exact['load_LE'][0])
+
+
+def test_fp8_rounds_what_is_dispatched_to_other_shards(mesh_of):
+  config = change(STEP, dispatch='all_to_all')
+  exact, low = (
+    first_step(Run(change(config, precision={'fp8': modules}), mesh_of(expert=2))) for modules in ('', 'dispatch')
+  )
+  assert 1e-6 < relative(low['loss'], exact['loss']) < 0.01
+  np.testing.assert_array_equal(low['load_LE'][0], exact['load_LE'][0])
+
+
+def test_fp8_in_float32_is_refused_on_hopper(mesh_of):
+  config = change(STEP, precision={'fp8': 'experts', 'compute': 'float32'})
+  with pytest.raises(UserError, match=r"precision.fp8 = 'experts' needs precision.compute = bfloat16"):
+    step.resolve(config, mesh_of(), 'hopper')
+  assert step.resolve(config, mesh_of(), 'cpu').grouped_matmul == 'blocked'
 
 
 def test_padding_is_neither_counted_nor_learned_from(base):

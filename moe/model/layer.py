@@ -69,8 +69,9 @@ def moe_block(layer: MoELayer, h_BSD, mask_BS, bias_E, config: Config, dropless:
   backend = dispatch.BACKENDS[config.dispatch]
   # Cast here, T x D values, so that their gradient is summed over `tensor` before it is spread over M rows.
   multiple = ROW_MULTIPLES[config.grouped_matmul]
-  x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, config.model, dropless, multiple)
-  y_TD = backend.combine(layer.experts(x_MD, size_e, config), plan)
+  in_fp8 = 'dispatch' in config.precision.fp8_modules
+  x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, config.model, dropless, multiple, in_fp8)
+  y_TD = backend.combine(layer.experts(x_MD, size_e, config), plan, in_fp8)
   if config.model.num_shared_experts:
     y_TD = y_TD + layer.shared(h_TD, config)
   return y_TD.reshape(h_BSD.shape), router_stats(routing, bias_E, mask_BS, config)

@@ -18,8 +18,9 @@ the axis of the sum, so each 128 of it is summed alone, multiplied by both scale
 the 14 bits of Hopper's FP8 sums. With Gaussian operands a product comes out 3.7% off (Frobenius), by rounding alone.
 
 Fprop and Dgrad run in FP8. x is kept for the backward pass in FP8, at half the memory of bf16. Wgrad multiplies that x,
-dequantised, by dy in the compute dtype: in FP8 it would need x and dy quantised once more, along tokens. Router, norms,
-embedding, head, attention, masters and moments never are FP8.
+dequantised, by dy in the compute dtype: in FP8 it would need x and dy quantised once more, along tokens. Rows on their
+way to experts of other shards are FP8, too, with scales that are powers of two (`model/dispatch/wire.py`). Router,
+norms, embedding, head, the core of attention, masters and moments never are FP8.
 
 On Hopper GPUs the products are the kernels of `grouped_matmul/mosaic_gpu_fp8.py`. Elsewhere the same numbers are
 emulated: dequantised to float32 and multiplied there, which is also the kernels' oracle.

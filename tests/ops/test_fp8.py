@@ -2,30 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 
 from moe.ops import fp8, quantize_gpu
 
 GAUSSIAN = np.random.default_rng(0).normal(size=(2, 300, 200)).astype(np.float32)
 OUTLIERS = np.where(np.random.default_rng(1).random(GAUSSIAN.shape) < 0.01, 1e4 * GAUSSIAN, GAUSSIAN)
-
-
-def naive_quantize(x, rows, columns, power_of_two=False):
-  """Dequantised float64 values of a matrix, and its scales, by loops over blocks."""
-  out, scales = np.zeros(x.shape), []
-  for r in range(0, x.shape[0], rows):
-    scales.append([])
-    for c in range(0, x.shape[1], columns):
-      block = x[r : r + rows, c : c + columns]
-      scale = np.float32(max(np.abs(block).max(), np.float32(1e-4))) / np.float32(448)
-      if power_of_two:
-        scale = np.float32(2.0 ** np.ceil(np.log2(scale)))
-      rounded = np.clip(block / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-      out[r : r + rows, c : c + columns] = rounded.astype(np.float64) * scale
-      scales[-1].append(scale)
-  return out, np.array(scales)
 
 
 @pytest.mark.parametrize('power_of_two', [False, True])
@@ -39,7 +23,7 @@ def test_quantize_equals_loops_over_blocks(x, block, power_of_two):
   assert np.isfinite(np.asarray(quantized.value, np.float32)).all()
   values = fp8.dequantize(quantized, block)
   for matrix in range(len(x)):
-    expected, scales = naive_quantize(x[matrix], *block, power_of_two)
+    expected, scales = oracle.quantize(x[matrix], *block, power_of_two)
     np.testing.assert_allclose(quantized.scale[matrix], scales, rtol=2e-7)
     np.testing.assert_allclose(values[matrix], expected, rtol=1e-6, atol=0)
   if power_of_two:
@@ -57,9 +41,9 @@ def test_small_values_beside_an_outlier_survive_in_other_blocks():
 def naive_products(x, w, size_e, dy):
   """y, dx, dw in float64 of quantised operands, as the module's docstring says."""
   y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros(x.shape), np.zeros(w.shape)
-  x_rows, dy_rows, start = naive_quantize(x, 1, 128)[0], naive_quantize(dy, 1, 128)[0], 0
+  x_rows, dy_rows, start = oracle.quantize(x, 1, 128)[0], oracle.quantize(dy, 1, 128)[0], 0
   for e, size in enumerate(size_e):
-    rows, w_e = slice(start, start + size), naive_quantize(w[e], 128, 128)[0]
+    rows, w_e = slice(start, start + size), oracle.quantize(w[e], 128, 128)[0]
     y[rows], dx[rows], dw[e] = x_rows[rows] @ w_e, dy_rows[rows] @ w_e.T, x_rows[rows].T @ dy[rows]
     start += size
   return y, dx, dw

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.config import ModelConfig
+from moe.model.dispatch.wire import from_experts, to_experts
 from moe.model.router import Routing, capacity
-from moe.ops.permute import Permutation, Sorted, combine_rows, lay_out, permute, sort_by_key
+from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
 
 
 class Plan(NamedTuple):
@@ -21,22 +22,34 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
+def dispatch(
+  x_TD: jax.Array,
+  routing: Routing,
+  config: ModelConfig,
+  dropless: bool = False,
+  row_multiple: int = 1,
+  in_fp8: bool = False,
+):
   """See `moe.model.dispatch`. M = shards * buffer, padded."""
   shards = lax.axis_size('expert')
   by, sent_de, received_se = exchange_counts(routing, config)
   buffer = buffer_rows(len(x_TD), config, shards, dropless)
   out, unpack = _pack(by, sent_de.sum(1), routing, buffer)
-  rows_MD = lax.all_to_all(permute(x_TD, out), 'expert', split_axis=0, concat_axis=0, tiled=True)
+  rows_MD = to_experts(swap, swap, permute(x_TD, out), in_fp8=in_fp8)
   end_se = jnp.cumsum(received_se, axis=1)
   regroup, regroup_back, size_e = regroup_by_expert(jnp.arange(shards) * buffer, end_se, shards * buffer, row_multiple)
   return permute(rows_MD, regroup), size_e, Plan(regroup_back, unpack, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
+def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
   """See `moe.model.dispatch`."""
-  rows_MD = lax.all_to_all(permute(y_MD, plan.regroup_back), 'expert', split_axis=0, concat_axis=0, tiled=True)
+  rows_MD = from_experts(swap, swap, permute(y_MD, plan.regroup_back), in_fp8=in_fp8)
   return combine_rows(rows_MD, plan.unpack, plan.weight_TK)
+
+
+def swap(a: jax.Array, operands=()) -> jax.Array:
+  """Part s of the first axis goes to shard s; its own transpose."""
+  return lax.all_to_all(a, 'expert', split_axis=0, concat_axis=0, tiled=True)
 
 
 def buffer_rows(tokens: int, config: ModelConfig, shards: int, dropless: bool) -> int:
@@ -52,7 +65,7 @@ def exchange_counts(routing: Routing, config: ModelConfig) -> tuple[Sorted, jax.
   key_M = jnp.where(routing.keep_TK, routing.expert_TK, config.num_experts).reshape(-1)
   by = sort_by_key(key_M, config.num_experts)
   sent_de = by.size.reshape(lax.axis_size('expert'), -1)
-  return by, sent_de, lax.all_to_all(sent_de, 'expert', split_axis=0, concat_axis=0, tiled=True)
+  return by, sent_de, swap(sent_de)
 
 
 def _pack(by: Sorted, sent_d, routing: Routing, buffer: int):
@@ -83,7 +96,7 @@ def regroup_by_expert(start_s, end_se, rows: int, row_multiple: int):
     regroup: Permutation from `rows` rows to padded ones, regroup_back: the way back; size_e: rows per expert.
   """
   row_M = jnp.arange(rows)
-  source_M = jnp.searchsorted(start_s, row_M, side='right') - 1
+  source_M = key_of(row_M, start_s) - 1
   # The expert is the number of experts of that source that end at or before the row; past all of them: nowhere.
   key_M = (end_se[source_M] <= (row_M - start_s[source_M])[:, None]).sum(1)
   layout = lay_out(key_M, end_se.shape[1], rows, row_multiple)

@@ -15,15 +15,24 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
-  """See `moe.model.dispatch`. M = T * K, padded."""
+def dispatch(
+  x_TD: jax.Array,
+  routing: Routing,
+  config: ModelConfig,
+  dropless: bool = False,
+  row_multiple: int = 1,
+  in_fp8: bool = False,
+):
+  """See `moe.model.dispatch`. M = T * K, padded. Nothing is sent, so nothing is rounded."""
+  del in_fp8
   assignments = routing.expert_TK.size
   out, back, size_e = expert_order(routing.expert_TK, routing.keep_TK, config.num_experts, assignments, row_multiple)
   return permute(x_TD, out), size_e, Plan(back, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
+def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
   """See `moe.model.dispatch`."""
+  del in_fp8
   return combine_rows(y_MD, plan.back, plan.weight_TK)
 
 

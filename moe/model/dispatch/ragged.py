@@ -1,5 +1,6 @@
 """Exchange just the rows there are, with `jax.lax.ragged_all_to_all`. XLA:CPU does not implement it."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.config import ModelConfig
-from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert
+from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
+from moe.model.dispatch.wire import from_experts, to_experts
 from moe.model.router import Routing
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
@@ -24,35 +26,50 @@ class Offsets(NamedTuple):
 
 class Plan(NamedTuple):
   regroup_back: Permutation
-  home: Offsets
+  routes: tuple[Offsets, Offsets]  # to the experts, and home
   back: Permutation
   weight_TK: jax.Array
 
 
-def dispatch(x_TD: jax.Array, routing: Routing, config: ModelConfig, dropless: bool = False, row_multiple: int = 1):
+def dispatch(
+  x_TD: jax.Array,
+  routing: Routing,
+  config: ModelConfig,
+  dropless: bool = False,
+  row_multiple: int = 1,
+  in_fp8: bool = False,
+):
   """See `moe.model.dispatch`. M = shards * the rows one shard can send another at most, padded."""
   shards, (T, K) = lax.axis_size('expert'), routing.expert_TK.shape
   by, sent_de, received_se = exchange_counts(routing, config)
   send_s, receive_s = sent_de.sum(1), received_se.sum(1)
   out_start_s, in_start_s = jnp.cumsum(send_s) - send_s, jnp.cumsum(receive_s) - receive_s
-  swap = lambda a: lax.all_to_all(a, 'expert', split_axis=0, concat_axis=0, tiled=True)
   away = Offsets(out_start_s, send_s, swap(in_start_s), receive_s)
   home = Offsets(in_start_s, receive_s, swap(out_start_s), send_s)
   valid_A = jnp.arange(T * K) < by.size.sum()
-  out, back = Layout(by.order_M, valid_A, by.place_M, by.size).permutations(routing.keep_TK)
+  out, way_back = Layout(by.order_M, valid_A, by.place_M, by.size).permutations(routing.keep_TK)
   rows = shards * buffer_rows(T, config, shards, dropless)
-  rows_MD = _exchange(permute(x_TD, out), away, rows)
+  there, back = _ways(rows, T * K)
+  rows_MD = to_experts(there, back, permute(x_TD, out), (away, home), in_fp8)
   regroup, regroup_back, size_e = regroup_by_expert(in_start_s, jnp.cumsum(received_se, axis=1), rows, row_multiple)
-  return permute(rows_MD, regroup), size_e, Plan(regroup_back, home, back, routing.weight_TK)
+  return permute(rows_MD, regroup), size_e, Plan(regroup_back, (away, home), way_back, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
+def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
   """See `moe.model.dispatch`."""
-  rows_AD = _exchange(permute(y_MD, plan.regroup_back), plan.home, plan.weight_TK.size)
-  return combine_rows(rows_AD, plan.back, plan.weight_TK)
+  rows_MD = permute(y_MD, plan.regroup_back)
+  back, there = _ways(len(rows_MD), plan.weight_TK.size)
+  return combine_rows(from_experts(there, back, rows_MD, plan.routes, in_fp8), plan.back, plan.weight_TK)
 
 
-def _exchange(rows_MD, offsets: Offsets, rows: int):
+def _ways(rows: int, assignments: int):
+  """The exchanges of (rows, routes) to the experts and home, the transposes of one another."""
+  return functools.partial(_exchange, to=0, rows=rows), functools.partial(_exchange, to=1, rows=assignments)
+
+
+def _exchange(rows_MD, routes, to: int, rows: int):
+  """`rows` rows that arrive by routes[to]; those that none reaches are 0."""
+  offsets = routes[to]
   rows_MD, empty, offsets = align(rows_MD, jnp.zeros((rows, rows_MD.shape[1]), rows_MD.dtype), offsets)
   return lax.ragged_all_to_all(
     rows_MD, empty, offsets.here_s, offsets.send_s, offsets.there_s, offsets.receive_s, axis_name='expert'
