@@ -156,9 +156,8 @@ def test_what_runs_again_in_the_backward_pass(remat, fp8, products, attention):
   config = load('h200', f'model.num_layers=1,model.num_dense_layers=0,train.unroll_layers=1,train.remat={remat}')
   config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8=fp8))
   module = lower(config, (1, 1, 1, 1))
-  kernels = [
-    operation.attributes for operation in operations(module.operation) if operation.name == 'stablehlo.custom_call'
-  ]
-  count = lambda text: sum(text in str(attributes) for attributes in kernels)
-  assert count('"mosaic_gpu_v2"') == products
-  assert count('_forward_kernel') + count('_dq_kernel') + count('_dkv_kernel') == attention
+  calls = [operation for operation in operations(module.operation) if operation.name == 'stablehlo.custom_call']
+  targets = [call.attributes['call_target_name'].value for call in calls]
+  assert targets.count('mosaic_gpu_v2') == products
+  triton = [str(call) for call, target in zip(calls, targets, strict=True) if target == '__gpu$xla.gpu.triton']
+  assert sum(name in call for call in triton for name in ('_forward_kernel', '_dq_kernel', '_dkv_kernel')) == attention
