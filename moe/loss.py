@@ -78,20 +78,16 @@ def forward(model: Transformer, batch: dict, config: Config, dropless: bool):
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
   h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config, dropless)
-  nats = [_nats(model, h_BSD, model.scale_out_D[...], main)]
+  nats = [transformer.nats(model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS)]
   mtp_stats = []
   for depth in range(config.model.mtp_depth):
     view = targets(batch, depth + 1)
     h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config, dropless)
     mtp_stats.append(one)
-    nats.append(_nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view))
+    nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
   if mtp_stats:
     stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, stack_stats(mtp_stats))
   return jnp.stack(nats), stats
-
-
-def _nats(model, h_BSD, scale_D, view: Targets):
-  return transformer.nats(model, h_BSD, scale_D, view.target_BS, view.weight_BS)
 
 
 def loss(

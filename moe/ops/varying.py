@@ -18,7 +18,7 @@ def vary(tree, axes):
   """`tree` with every array cast to vary over `axes` too, besides what it already varies over."""
 
   def cast(leaf):
-    missing = tuple(axis for axis in axes if axis not in varying_axes(leaf))
+    missing = tuple(sorted(set(axes) - varying_axes(leaf)))  # sorted: the same program in every process
     return lax.pcast(leaf, missing, to='varying') if missing else leaf
 
   return jax.tree.map(cast, tree)
@@ -26,4 +26,4 @@ def vary(tree, axes):
 
 def align(*trees):
   """The arguments, all cast to vary over the union of their axes. One tuple item per argument."""
-  return vary(trees, sorted(varying_axes(*trees)))
+  return vary(trees, varying_axes(*trees))

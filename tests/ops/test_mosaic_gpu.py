@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
 
 from moe.mesh import abstract_mesh
-from moe.ops.grouped_matmul import grouped_matmul, persistent
+from moe.ops.grouped_matmul import grouped_matmul, mosaic_gpu_fp8, persistent
 from moe.ops.grouped_matmul.persistent import ROW_MULTIPLE, TILE_M, tile_table
 
 SIZES = (
@@ -24,16 +24,17 @@ SIZES = (
 )
 
 
+@pytest.mark.parametrize('tile_m', [TILE_M, mosaic_gpu_fp8.TILE_M])
 @pytest.mark.parametrize('size_e', SIZES)
-def test_tiles_cover_every_row_of_one_expert_each(size_e):
-  tiles = jax.device_get(tile_table(jnp.asarray(size_e, jnp.int32), 512))
+def test_tiles_cover_every_row_of_one_expert_each(size_e, tile_m):
+  tiles = jax.device_get(tile_table(jnp.asarray(size_e, jnp.int32), 512, tile_m))
   expert_M = np.repeat(np.arange(len(size_e)), size_e)
   stored = np.zeros(len(expert_M), bool)
   count = tiles.count[0]
-  assert count == sum(-(-size // TILE_M) for size in size_e) <= len(tiles.row)
+  assert count == sum(-(-size // tile_m) for size in size_e) <= len(tiles.row)
   for expert, row, rows in zip(tiles.expert[:count], tiles.row[:count], tiles.rows[:count], strict=True):
     assert row % ROW_MULTIPLE == 0
-    assert rows == TILE_M or rows == size_e[expert] < TILE_M
+    assert rows == tile_m or rows == size_e[expert] < tile_m
     assert (expert_M[row : row + rows] == expert).all()
     assert len(expert_M[row : row + rows]) == rows
     stored[row : row + rows] = True
