@@ -139,6 +139,25 @@ def test_v3_lowers_for_16_gpus_with_the_other_dispatches(dispatch, kinds):
   assert total(found, 'all_gather', over_data) * 2 == total(found, 'reduce_scatter', over_data) == sizes['experts'] // 8
 
 
+@pytest.mark.parametrize(
+  ('dispatch', 'there', 'home', 'times_home'),
+  [
+    ('all_to_all', 'all_to_all', 'all_to_all', 3),
+    ('ragged', 'ragged_all_to_all', 'ragged_all_to_all', 3),
+    ('all_gather', 'all_gather', 'reduce_scatter', 2),  # the sum is not needed again
+  ],
+)
+def test_v3_sends_fp8_to_the_experts_and_bfloat16_home(dispatch, there, home, times_home):
+  """To the experts: tokens, recomputed tokens, gradients of combine. Home: combine, recomputed, gradients of tokens."""
+  config = v3(dispatch, 15360, 960, mtp_depth=0)
+  config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8='dispatch'))
+  shape = (1, 2, 8, 1)
+  sent = [item for item in collectives(lower(config, shape), shape) if item.groups == (2, 8)]
+  # Values as bytes, and a float32 scale for each 128 of them.
+  rows = collections.Counter((item.kind, item.dtype, item.shape[-1]) for item in sent if item.shape[-1] in (7168, 56))
+  assert rows == {(there, 'ui8', 7168): 3, (there, 'f32', 56): 3, (home, 'bf16', 7168): times_home}
+
+
 # Products: gate and up, down; in FP8 also the shared expert's two and attention's six. Each has two gradients.
 @pytest.mark.parametrize(
   ('remat', 'fp8', 'products', 'attention'),

@@ -49,11 +49,11 @@ class Experts(nnx.Module):
       size_e: rows per expert, multiples of the grouped matmul's ROW_MULTIPLES.
       config: grouped_matmul, resolved; precision.fp8.
     """
-    backend = config.grouped_matmul
+    backend, in_fp8 = config.grouped_matmul, config.precision.fp8_modules
 
     def product(x, w):
-      if 'experts' in config.precision.fp8_modules:
-        return fp8.grouped_matmul(x, w, size_e, backend)
+      if 'experts' in in_fp8:
+        return fp8.grouped_matmul(x, w, size_e, backend, power_of_two='dispatch' in in_fp8)
       return grouped_matmul(x, w, size_e, backend, ROW_MULTIPLES[backend])
 
     return swiglu(x_MD, self.w_gate_eDF[...], self.w_up_eDF[...], self.w_down_eFD[...], product)

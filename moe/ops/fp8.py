@@ -37,7 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.ops import quantize_gpu
 from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, SAVED, mosaic_gpu_fp8
 from moe.ops.grouped_matmul.persistent import pad_to_multiples
-from moe.ops.quantize_gpu import BLOCK, FP8, LARGEST
+from moe.ops.quantize_gpu import BLOCK
 from moe.ops.varying import align
 
 ROWS, BLOCKS = (1, BLOCK), (BLOCK, BLOCK)  # rows and columns that share a scale
@@ -59,12 +59,8 @@ def quantize(x: jax.Array, block: tuple[int, int], power_of_two: bool = False) -
     power_of_two: round scales up to powers of two, so that scaling changes exponents only.
   """
   amax = jnp.abs(_in_blocks(x, block).astype(jnp.float32)).max((-3, -1))
-  scale = jnp.maximum(amax, 1e-4) / LARGEST
-  if power_of_two:
-    scale = jnp.exp2(jnp.ceil(jnp.log2(scale)))
-  scaled = x.astype(jnp.float32) / _spread(scale, block, x.shape)
-  # The cast does not saturate: what rounding carries past the largest number would become NaN.
-  return Quantized(jnp.clip(scaled, -LARGEST, LARGEST).astype(FP8), scale)
+  scale = quantize_gpu.scale_of(amax, power_of_two)
+  return Quantized(quantize_gpu.rounded(x.astype(jnp.float32) / _spread(scale, block, x.shape)), scale)
 
 
 def dequantize(x: Quantized, block: tuple[int, int]) -> jax.Array:
@@ -85,7 +81,9 @@ def _spread(scale, block, shape):
   return scale.repeat(block[0], -2).repeat(block[1], -1)[..., : shape[-2], : shape[-1]]
 
 
-def grouped_matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend: str) -> jax.Array:
+def grouped_matmul(
+  x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend: str, power_of_two: bool = False
+) -> jax.Array:
   """`moe.ops.grouped_matmul.grouped_matmul` in FP8.
 
   Args:
@@ -93,12 +91,13 @@ def grouped_matmul(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend
     w_eDF: a matrix per expert.
     size_e: int32 rows per expert, multiples of the backend's ROW_MULTIPLES.
     backend: a key of BACKENDS; all but mosaic_gpu emulate.
+    power_of_two: scales of rows are powers of two: rows that came in FP8 with such are not rounded once more.
   """
   (rows, _), F = x_MD.shape, w_eDF.shape[2]
   if backend == 'mosaic_gpu':
     x_MD = pad_to_multiples(x_MD, ROW_MULTIPLES[backend], BLOCK)
     w_eDF = pad_to_multiples(w_eDF, 1, BLOCK, BLOCK)
-  return _grouped(*align(x_MD, w_eDF, size_e), backend)[:rows, :F]
+  return _grouped(*align(x_MD, w_eDF, size_e), backend, power_of_two)[:rows, :F]
 
 
 def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
@@ -109,21 +108,21 @@ def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
   return y_MF[: len(x_MD)].reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped(x_MD, w_eDF, size_e, backend):
-  return _grouped_forward(x_MD, w_eDF, size_e, backend)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped(x_MD, w_eDF, size_e, backend, power_of_two):
+  return _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two)[0]
 
 
-def _grouped_forward(x_MD, w_eDF, size_e, backend):
-  x, (w, contracted_last) = quantize_rows(x_MD, backend), quantize_matrices(w_eDF, backend)
+def _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two):
+  x, (w, contracted_last) = quantize_rows(x_MD, backend, power_of_two), quantize_matrices(w_eDF, backend)
   y_MF = product(x, contracted_last, size_e, backend, x_MD.dtype)
   x, w, y_MF = checkpoint_name((x, w, y_MF), SAVED)
   return y_MF, (x, w, size_e, jnp.zeros((0,), w_eDF.dtype))
 
 
-def _grouped_backward(backend, saved, dy_MF):
+def _grouped_backward(backend, power_of_two, saved, dy_MF):
   x, w, size_e, like_w = saved
-  dx_MD = product(quantize_rows(dy_MF, backend), w, size_e, backend, dy_MF.dtype)
+  dx_MD = product(quantize_rows(dy_MF, backend, power_of_two), w, size_e, backend, dy_MF.dtype)
   x_MD = dequantize(x, ROWS).astype(dy_MF.dtype)
   of_w = lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e)
   (dw_eDF,) = jax.vjp(of_w, w.value.astype(like_w.dtype))[1](dy_MF)  # of the vjp, only the weights' product is run
@@ -133,9 +132,11 @@ def _grouped_backward(backend, saved, dy_MF):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def quantize_rows(x_MK: jax.Array, backend: str) -> Quantized:
+def quantize_rows(x_MK: jax.Array, backend: str, power_of_two: bool = False) -> Quantized:
   """In ROWS, by one kernel if the backend is mosaic_gpu; K is a multiple of BLOCK then."""
-  return Quantized(*quantize_gpu.rows(x_MK)) if backend == 'mosaic_gpu' else quantize(x_MK, ROWS)
+  if backend == 'mosaic_gpu':
+    return Quantized(*quantize_gpu.rows(x_MK, power_of_two))
+  return quantize(x_MK, ROWS, power_of_two)
 
 
 def quantize_matrices(w_eKN: jax.Array, backend: str) -> tuple[Quantized, Quantized]:

@@ -19,6 +19,7 @@ from moe.config import ModelConfig
 from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
 from moe.model.router import Routing
+from moe.ops import fp8
 from moe.ops.permute import key_of
 
 MODEL = ModelConfig(num_experts=E, top_k=K)
@@ -117,3 +118,15 @@ def test_each_way_to_the_experts_is_in_bytes_and_each_way_home_is_not(name, kind
   sent = [match.groups() for match in sent if match]
   for shape, times in ((('256', 'ui8'), 2), (('2', 'f32'), 2), (('256', 'bf16'), 2)):
     assert sent.count(shape) == times, sent
+
+
+def test_experts_in_fp8_do_not_round_what_came_in_fp8_once_more():
+  """Both with powers of two: what the experts multiply is what numpy makes of the tokens, rounded once."""
+  rng = np.random.default_rng(0)
+  x_MD, w_eDF = rng.normal(size=(12, 200)).astype(np.float32), rng.normal(size=(1, 200, 96)).astype(np.float32)
+  arrived_MD = rounded(x_MD).astype(np.float32)
+  got = fp8.grouped_matmul(jnp.asarray(arrived_MD), jnp.asarray(w_eDF), jnp.array([12]), 'blocked', power_of_two=True)
+  expected = rounded(x_MD) @ oracle.quantize(w_eDF[0], 128, 128)[0]
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+  twice = fp8.grouped_matmul(jnp.asarray(arrived_MD), jnp.asarray(w_eDF), jnp.array([12]), 'blocked')
+  assert np.linalg.norm(twice - expected) > 1e-2 * np.linalg.norm(expected)

@@ -54,5 +54,5 @@ def _travel(exchange, rows, operands, in_fp8: bool):
   x = fp8.quantize(rows, fp8.ROWS, power_of_two=True)
   # As bytes, which every collective on every platform carries.
   value = exchange(lax.bitcast_convert_type(x.value, jnp.uint8), operands)
-  arrived = fp8.Quantized(lax.bitcast_convert_type(value, fp8.FP8), exchange(x.scale, operands))
+  arrived = fp8.Quantized(lax.bitcast_convert_type(value, x.value.dtype), exchange(x.scale, operands))
   return fp8.dequantize(arrived, fp8.ROWS).astype(rows.dtype)
