@@ -25,6 +25,7 @@ setup(
     'numpy>=2.0',
     'grain>=0.2.10',  # batches
     'tokenizers>=0.20',  # BPE and tokenizer.json
+    'safetensors>=0.5',  # Hugging Face interchange
     'tqdm>=4.66',  # progress
     'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
     'matplotlib>=3.9',  # report

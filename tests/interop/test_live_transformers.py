@@ -1,0 +1,90 @@
+"""Ours exported and loaded by transformers, theirs saved and loaded by us; runs where torch is installed."""
+
+import dataclasses
+
+import hf_cases
+import numpy as np
+import pytest
+from our_runs import make_run, nested, random_arrays
+
+from moe import loop
+from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from moe.interop import from_hf, to_hf
+
+torch = pytest.importorskip('torch', reason='the live comparison needs torch; golden_logits.npz stands in for it')
+transformers = pytest.importorskip('transformers', reason='the live comparison needs transformers')
+
+# Torch and transformers warn of their own affairs.
+pytestmark = pytest.mark.filterwarnings('default')
+
+VARIANTS = {
+  'everything': {},
+  'tied_plain': {'tie_embeddings': True, 'q_lora_rank': 0, 'num_groups': 1, 'top_groups': 1, 'mtp_depth': 0},
+  'yarn_without_mscale_3_dense': {'num_layers': 5, 'num_dense_layers': 3, 'yarn_mscale': 0.0, 'mtp_depth': 0},
+  'no_yarn_no_dense': {'num_dense_layers': 0, 'yarn_factor': 1.0, 'vocab_size': 200, 'mtp_depth': 0},
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_ours_loaded_by_transformers(variant, tiny_model, tmp_path, mesh_of, fast_jit):
+  """Logits, MTP modules' too."""
+  model = dataclasses.replace(tiny_model, **VARIANTS[variant])
+  config = Config(model=model)
+  arrays = random_arrays(config, std=0.3)
+  run = make_run(tmp_path / 'run', config, arrays)
+  to_hf.export_run(run, tmp_path / 'hf', 'float32', 20e3 / 1e9)
+  compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
+
+
+def compare(config, arrays, folder, mesh, jit):
+  """Asserts that transformers finds the model of `arrays` in `folder`."""
+  token_BS = np.random.default_rng(3).integers(0, config.model.vocab_size, (2, 20)).astype(np.int32)
+  params = nested(config, arrays)
+  ours = hf_cases.our_logits(config.model, params, arrays['bias_LE'], token_BS, mesh, jit)
+  theirs = hf_cases.their_logits(folder, token_BS, config.model.mtp_depth)
+  assert np.abs(theirs).max() > 0.5
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_train_export_load(tmp_path, mesh_of, fast_jit):
+  """A run of a few steps, its newest checkpoint exported: the same logits there."""
+  (tmp_path / 'text').mkdir()
+  for number in range(9):
+    (tmp_path / 'text' / f'{number}.txt').write_text(f'{number} is what it is. ' * 40)
+  widths = {'d_model': 32, 'd_ff': 48, 'd_expert': 16, 'num_experts': 8, 'num_layers': 2, 'kv_lora_rank': 16}
+  config = Config(
+    model=ModelConfig(**widths, qk_nope_dim=8, qk_rope_dim=8, v_dim=8, top_k=2, mtp_depth=0),
+    balance=BalanceConfig(gamma=0.05),
+    data=DataConfig(paths=str(tmp_path / 'text'), seq_len=32, val_fraction=0.2),
+    train=TrainConfig(steps=4, batch_size=8, eval_sequences=4, sample_tokens=0),
+    optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=1),
+  )
+  loop.train(config, str(tmp_path / 'run'))
+  to_hf.export_run(tmp_path / 'run', tmp_path / 'hf', 'float32')
+  arrays, step = to_hf.read_weights(tmp_path / 'run', config)
+  assert step == 4
+  assert np.abs(arrays['bias_LE']).max() > 0.04
+  compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
+
+
+def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):
+  """Fresh weights of theirs as save_pretrained writes them, and 64 tokens that generate continues a prompt with."""
+  hf = hf_cases.fields_of('q_lora_groups')
+  fields = {name: value for name, value in hf.items() if name not in ('architectures', 'model_type', 'rope_scaling')}
+  torch.manual_seed(0)
+  theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**fields, initializer_range=0.3)).eval()
+  theirs.set_experts_implementation('eager')
+  for layer in theirs.model.layers[hf['first_k_dense_replace'] :]:
+    layer.mlp.gate.e_score_correction_bias.uniform_(0, 0.3)
+  theirs.save_pretrained(tmp_path / 'hf')
+  prompt_BS = torch.from_numpy(hf_cases.tokens(hf, 8)).long()
+  everything = torch.ones_like(prompt_BS)  # else it takes tokens 0 for padding
+  token_BS = theirs.generate(prompt_BS, attention_mask=everything, max_new_tokens=64, do_sample=False, pad_token_id=0)
+  assert token_BS.shape == (2, 72)
+  with torch.no_grad():
+    expected_BSV = theirs(token_BS).logits.numpy()
+  model, params, bias_LE, _ = from_hf.read_checkpoint(tmp_path / 'hf')
+  token_BS = token_BS.numpy().astype(np.int32)
+  (ours_BSV,) = hf_cases.our_logits(model, params, bias_LE, token_BS, mesh_of(), fast_jit)
+  np.testing.assert_allclose(ours_BSV, expected_BSV, rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(ours_BSV.argmax(-1)[:, 7:-1], token_BS[:, 8:])  # so greedy decoding writes the same
