@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from moe import flops, state
-from moe.bench import peers, profile, rows, timing
+from moe.bench import layer, peers, profile, rows, timing
 from moe.config import Config, ModelConfig, PrecisionConfig
 from moe.mesh import make_mesh, platform_of
 from moe.step import BATCH_SPEC, make_train_step, resolve
@@ -77,7 +77,7 @@ def contender(name: str, config: Config, repeats: int, profiled: bool = False) -
       'kernels': 'torch grouped_mm, sdpa, fused AdamW',
     }
   else:
-    fp8 = 'experts,ffn' if name == OURS_FP8 else ''
+    fp8 = layer.FP8 if name == OURS_FP8 else ''
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8=fp8))
     call = Training(config, token_BS)
     found = {

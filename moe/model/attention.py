@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
+from moe.model.linear import linear
 from moe.model.norm import rms_norm
 from moe.model.parameters import Init
 from moe.model.rope import rotate, softmax_scale
-from moe.ops import fp8
 from moe.ops.attention import attend
 
 
@@ -20,9 +20,7 @@ def project(x: jax.Array, w: jax.Array, config: Config, contracted: int = 1) -> 
   """The last `contracted` axes of x times the first of w, in FP8 if precision.fp8 has 'attention'."""
   shape = x.shape[: x.ndim - contracted] + w.shape[contracted:]
   x = x.reshape(*x.shape[: x.ndim - contracted], -1)
-  w = w.reshape(x.shape[-1], -1)
-  y = fp8.matmul(x, w, config.grouped_matmul) if 'attention' in config.precision.fp8_modules else x @ w
-  return y.reshape(shape)
+  return linear(x, w.reshape(x.shape[-1], -1), 'attention', config).reshape(shape)
 
 
 class LatentAttention(nnx.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
+from moe.model.linear import linear
 from moe.model.parameters import Init
 from moe.ops import fp8
 from moe.ops.grouped_matmul import ROW_MULTIPLES, grouped_matmul
@@ -25,10 +26,7 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x: jax.Array, config: Config) -> jax.Array:
     """[..., D] -> this tensor shard's part of [..., D]."""
-
-    def product(x, w):
-      return fp8.matmul(x, w, config.grouped_matmul) if 'ffn' in config.precision.fp8_modules else x @ w
-
+    product = lambda x, w: linear(x, w, 'ffn', config)
     return swiglu(x, self.w_gate_DF[...], self.w_up_DF[...], self.w_down_FD[...], product)
 
 

@@ -65,14 +65,16 @@ def remat(function, policy: str):
   return jax.checkpoint(function, policy=_is_product if policy == 'dots' else None)
 
 
-_NAMED = jax.checkpoint_policies.save_only_these_names(attention.SAVED, grouped_matmul.SAVED)
+_DOTS_AND_NAMED = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  jax.checkpoint_policies.save_only_these_names(attention.SAVED, grouped_matmul.SAVED),
+)
 
 
 def _is_product(primitive, *args, **params) -> bool:
   """A policy of jax.checkpoint: keeps matrix products, those inside kernels too, and what carries a name of ours."""
   kernel = primitive.name in ('pallas_call', 'mpmd_map', 'custom_vmap_call')  # how Pallas calls kernels, by version
-  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return kernel or dots(primitive, *args, **params) or _NAMED(primitive, *args, **params)
+  return kernel or _DOTS_AND_NAMED(primitive, *args, **params)
 
 
 def embed_tokens(model: Transformer, token_BS: jax.Array) -> jax.Array:

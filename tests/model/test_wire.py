@@ -13,7 +13,7 @@ import oracle
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from test_dispatch import LOADS, E, K, T, dense, emulated_ragged_all_to_all
+from test_dispatch import LOADS, E, K, T, emulated_ragged_all_to_all
 
 from moe.config import ModelConfig
 from moe.mesh import BATCH_AXES, abstract_mesh
@@ -97,9 +97,10 @@ def test_rounding_is_seen(compiled):
   """Without FP8 the result differs by what rounding does, so the test above would notice its absence."""
   arguments = inputs('uneven', 200)
   plain, low = (compiled('all_to_all', (('expert', 4),), in_fp8)(*arguments) for in_fp8 in (False, True))
-  for exact, got in zip(plain[:2], low[:2], strict=True):
-    assert 0.005 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.05
-  assert dense(arguments[2], np.asarray(plain[2])).shape == (T, E)
+  y, dx, dweight = (np.linalg.norm(got - exact) / np.linalg.norm(exact) for exact, got in zip(plain, low, strict=True))
+  assert 0.005 < y < 0.05
+  assert 0.005 < dx < 0.05
+  assert 0.005 < dweight < 0.1  # a few large tokens decide it
 
 
 @pytest.mark.parametrize(('name', 'kind'), [('all_to_all', 'all_to_all'), ('ragged', 'ragged_all_to_all')])
