@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-live lint clean
 
 demo: .venv/installed  ## train the tiny model on Python's standard library and write runs/tiny/report.html
 	$(BIN)/python experiments/train.py --config=configs/tiny.py --workdir=runs/tiny
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-live: .venv-torch/installed  ## our checkpoints in transformers, and theirs here
+	.venv-torch/bin/python -c 'import torch, transformers'  # without them the tests would skip themselves
+	.venv-torch/bin/python -m pytest tests/interop/test_live_transformers.py
 
 lint: .venv/installed  ## what CI checks of the source text
 	$(BIN)/ruff check .
@@ -20,5 +24,13 @@ lint: .venv/installed  ## what CI checks of the source text
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+.venv-torch/installed: setup.py
+	$(PYTHON) -m venv .venv-torch
+	echo '*' > .venv-torch/.gitignore
+	.venv-torch/bin/pip install --quiet --upgrade pip
+	.venv-torch/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0 transformers
+	.venv-torch/bin/pip install --quiet --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-torch runs build *.egg-info

@@ -20,9 +20,11 @@ setup(
     'flax>=0.12',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
+    'tensorstore>=0.1.60',  # Orbax's files, a slice at a time
     'ml-collections>=1.0',
     'absl-py>=2.1',
     'numpy>=2.0',
+    'scipy>=1.13',  # significance in the reports of sweeps
     'grain>=0.2.10',  # batches
     'tokenizers>=0.20',  # BPE and tokenizer.json
     'safetensors>=0.5',  # Hugging Face interchange
@@ -35,6 +37,7 @@ setup(
     'cuda13': ['jax[cuda13]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'parquet': ['pyarrow'],
+    'ray': ['ray>=2.40'],  # sweeps over a cluster
     'notebooks': ['jupyterlab', 'ipykernel'],
     'test': TEST,
   },

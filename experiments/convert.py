@@ -1,7 +1,9 @@
 """Takes trained models to Hugging Face's DeepSeek-V3 format, and released ones from there.
 
-python experiments/convert.py --run=runs/tiny --to_hf=exported
-python experiments/convert.py --from_hf=exported --run=runs/imported
+python experiments/convert.py --run=runs/tiny --to_hf=exported --quantize=fp8
+python experiments/convert.py --from_hf=exported --run=runs/imported --config.mesh.cpu_devices=8 --config.mesh.expert=8
+
+Both go on after a kill when they are started again. All is done on the CPU unless JAX_PLATFORMS names something else.
 """
 
 import os
@@ -10,18 +12,24 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its developers
-os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing here computes
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here computes much
 
 from absl import flags
+from ml_collections import config_flags
 
 from moe import cli
+from moe.config import from_config_dict
 from moe.errors import UserError
 from moe.interop import from_hf, to_hf
 
+CONFIG = config_flags.DEFINE_config_file(
+  'config', str(pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'default.py'), 'Its mesh is for --from_hf.'
+)
 RUN = flags.DEFINE_string('run', None, 'Run directory: the source of --to_hf, made by --from_hf.')
 TO_HF = flags.DEFINE_string('to_hf', None, 'Folder to make from the newest checkpoint of --run.')
 FROM_HF = flags.DEFINE_string('from_hf', None, 'Folder with a DeepSeek-V3 checkpoint to make --run from.')
 DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'Of the exported weights, bfloat16 or float32.')
+QUANTIZE = flags.DEFINE_string('quantize', None, 'fp8: as DeepSeek releases its models; mxfp4: the routed experts.')
 MAX_SHARD_GB = flags.DEFINE_float('max_shard_gb', 5.0, 'The most an exported file holds, in 1e9 bytes.')
 
 
@@ -34,9 +42,10 @@ def main(argv):
     raise UserError('give one of --to_hf=FOLDER and --from_hf=FOLDER')
   run = pathlib.Path(RUN.value).expanduser()
   if TO_HF.value:
-    lines = to_hf.export_run(run, pathlib.Path(TO_HF.value).expanduser(), DTYPE.value, MAX_SHARD_GB.value)
+    target = pathlib.Path(TO_HF.value).expanduser()
+    lines = to_hf.export_run(run, target, DTYPE.value, MAX_SHARD_GB.value, QUANTIZE.value)
   else:
-    lines = from_hf.import_run(pathlib.Path(FROM_HF.value).expanduser(), run)
+    lines = from_hf.import_run(pathlib.Path(FROM_HF.value).expanduser(), run, from_config_dict(CONFIG.value))
   print(*lines, sep='\n')
 
 

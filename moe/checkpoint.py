@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe.errors import UserError
 from moe.state import TrainState
@@ -47,7 +49,7 @@ class Checkpoints:
     if step == self._saved:
       return
     self._check_space(state)
-    items = {name: ocp.args.StandardSave(flatten(part)) for name, part in _parts(state).items()}
+    items = {name: _save_args(flatten(part)) for name, part in _parts(state).items()}
     meta = {'format': FORMAT} | meta
     self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)))
     self._saved = step
@@ -92,7 +94,9 @@ class Checkpoints:
       found = self._manager.item_metadata(step)
       for name, part in parts.items():
         _compare(where / name, found[name].tree, flatten(part), exact)
-      args = {name: ocp.args.StandardRestore(flatten(part), strict=exact) for name, part in parts.items()}
+      args = {
+        name: ocp.args.StandardRestore(_with_the_rest(flatten(part), found[name].tree)) for name, part in parts.items()
+      }
       items = self._manager.restore(step, args=ocp.args.Composite(**args))
     except UserError:
       raise
@@ -120,6 +124,24 @@ class Checkpoints:
     except Exception as error:  # disk full comes as OSError, ValueError or a tensorstore status
       why = f'cannot write a checkpoint to {self.path} ({_first_line(error)}); {self._last_complete()}'
       raise UserError(why) from error
+
+
+def _save_args(flat):
+  """Stacked layers in a chunk each: whoever reads one layer, such as an export, need not decode all."""
+  by_layer = {
+    name: ocp.SaveArgs(shard_axes=(0,) if 'layers.' in name and leaf.ndim else ()) for name, leaf in flat.items()
+  }
+  return ocp.args.StandardSave(flat, save_args=by_layer)
+
+
+def _with_the_rest(wanted, found):
+  """`wanted`, and what else the item holds, as Orbax restores an item as a whole: replicated like the first wanted."""
+  anywhere = next(iter(wanted.values())).sharding
+  replicated = NamedSharding(anywhere.mesh, P()) if isinstance(anywhere, NamedSharding) else anywhere
+  rest = {name: leaf for name, leaf in found.items() if name not in wanted}
+  return wanted | {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated) for name, leaf in rest.items()
+  }
 
 
 def abstract_like(state: TrainState, shardings: TrainState) -> TrainState:

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from moe.config import Config
+from moe.config import Config, from_config_dict
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.state import count_parameters
@@ -60,6 +60,17 @@ def describe_run(path: pathlib.Path, config: Config, mesh, command: str) -> None
     'active_parameters': active,
   }
   write_atomically(path / 'config.json', json.dumps(info, indent=2) + '\n')
+
+
+def read_config(path: pathlib.Path) -> Config:
+  """The settings of the run in this directory. Raises UserError if there is none, or one that cannot be read."""
+  file = path / 'config.json'
+  if not file.is_file() or not (path / 'checkpoints').is_dir():
+    raise UserError(f'{path} is not a run directory with config.json and checkpoints')
+  try:
+    return from_config_dict(json.loads(file.read_text('utf-8'))['config'])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'cannot read {file} as the config of a run: {type(error).__name__} {error}') from error
 
 
 def command_line() -> str:

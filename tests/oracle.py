@@ -265,7 +265,8 @@ def model_forward(w, bias_LE, token_BS, segment_BS, model):
   for depth in range(1, model.mtp_depth + 1):
     module = w['mtp'][depth - 1]
     embedded = rms_norm(w['w_embedding_VD'][tokens(depth)], module['scale_embedding_D'], eps)
-    hidden = rms_norm(h_BSD, module['scale_hidden_D'], eps)
+    scale_before = w['scale_out_D'] if depth == 1 else w['mtp'][depth - 2]['scale_out_D']
+    hidden = rms_norm(rms_norm(h_BSD, scale_before, eps), module['scale_hidden_D'], eps)
     projection = np.concatenate([module['w_hidden_DD'], module['w_embedding_DD']])
     x_BSD = np.concatenate([hidden, embedded], axis=-1) @ projection
     bias_E = bias_LE[model.num_moe_layers + depth - 1]

@@ -37,16 +37,54 @@ FIXED = {  # what the format may say and we do in one way only
   'rope_interleave': True,
   'rms_norm_eps': 1e-6,  # transformers takes 1e-6 for the norms of the latents, whatever this says
 }
-BLOCK = 128  # side of the blocks of an FP8 weight that share a scale
+MXFP4 = 'mxfp4-pack-quantized'
+QUANTIZATION = {
+  # As DeepSeek-V3's config.json has it.
+  'fp8': {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'weight_block_size': [128, 128]},
+  # As moonshotai/Kimi-K3's config.json has it, whose routed experts are MXFP4 too. Patterns are matched with modules'
+  # names; no activation is quantised.
+  'mxfp4': {
+    'quant_method': 'compressed-tensors',
+    'format': MXFP4,
+    'quantization_status': 'compressed',
+    'config_groups': {
+      'group_0': {
+        'format': MXFP4,
+        'targets': ['Linear'],
+        'weights': {
+          'num_bits': 4,
+          'type': 'float',
+          'symmetric': True,
+          'strategy': 'group',
+          'group_size': 32,
+          'dynamic': False,
+          'scale_dtype': 'torch.uint8',
+        },
+        'input_activations': None,
+        'output_activations': None,
+      }
+    },
+    'ignore': [
+      're:.*self_attn.*',
+      're:.*shared_experts.*',
+      r're:.*mlp\.(gate|up|gate_up|down)_proj.*',
+      r're:.*mlp\.gate$',
+      're:.*eh_proj.*',
+      're:.*shared_head.*',
+      're:.*lm_head.*',
+    ],
+  },
+}
 
 
-def to_hf(config: Config, dtype: str, bos_id: int | None) -> dict:
+def to_hf(config: Config, dtype: str, bos_id: int | None, quantize: str | None = None) -> dict:
   """The contents of config.json.
 
   Args:
     config: of the run.
     dtype: of the weights, 'bfloat16' or 'float32'.
     bos_id: token that starts a document; the model writes it to end one, so it is the end token as well.
+    quantize: what `formats.kind_for` takes.
 
   Raises:
     UserError: a setting that the format has no place for.
@@ -72,6 +110,7 @@ def to_hf(config: Config, dtype: str, bos_id: int | None) -> dict:
     'bos_token_id': bos_id,
     'eos_token_id': bos_id,  # without it transformers takes token 1
     'torch_dtype': dtype,
+    **({'quantization_config': QUANTIZATION[quantize]} if quantize else {}),
   }
 
 
@@ -169,11 +208,24 @@ def from_hf(fields: dict, file: Path) -> ModelConfig:
 
 
 def _check_quantization(quantization, file):
+  """What a weight is stored as, its tensors say; this is about what they mean."""
   if not quantization:
     return
-  known = isinstance(quantization, dict) and quantization.get('quant_method') == 'fp8'
-  if not known or quantization.get('weight_block_size') != [BLOCK, BLOCK]:
-    raise UserError(f'{file} has quantization_config = {quantization!r}; only fp8 in blocks of 128x128 can be imported')
+  try:
+    method = quantization['quant_method']
+    if method == 'fp8':
+      known = quantization['weight_block_size'] == QUANTIZATION['fp8']['weight_block_size']
+    else:
+      weights = [group['weights'] for group in quantization['config_groups'].values()]
+      wanted = QUANTIZATION['mxfp4']['config_groups']['group_0']['weights']
+      facts = ('num_bits', 'type', 'symmetric', 'group_size')
+      known = method == 'compressed-tensors' and all(one[fact] == wanted[fact] for one in weights for fact in facts)
+  except (KeyError, TypeError, AttributeError):
+    known = False
+  if not known:
+    raise UserError(
+      f'{file} has quantization_config = {quantization!r}; only fp8 in blocks of 128x128 and {MXFP4} can be imported'
+    )
 
 
 def _rope_from_hf(fields, file):

@@ -5,11 +5,14 @@ interleaved there as here, so no rows are permuted.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from moe.config import ModelConfig
+
+EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 
 
 class View(NamedTuple):
@@ -36,32 +39,76 @@ class Tensor(NamedTuple):
     """Whether this is a router bias, float32 in every checkpoint."""
     return self.views[0].name == 'bias_LE'
 
+  @property
+  def is_expert(self) -> bool:
+    """Whether this is a matrix of a routed expert."""
+    return '.experts.' in self.name
+
+  @property
+  def is_projection(self) -> bool:
+    """Whether this is one of the matrices that DeepSeek's own files hold in FP8."""
+    kept = ('w_router_DE', 'w_head_DV', 'w_embedding_DD')
+    return self.inputs > 0 and self.views[0].name.rsplit('.', 1)[-1] not in kept
+
   def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Its shape there, from the shapes of our arrays."""
-    joined = self._joined([_part_shape(shapes[view.name], view.index) for view in self.views])
+    joined = self._joined(self._parts(shapes))
     if not self.inputs:
       return joined
     return math.prod(joined[self.inputs :]), math.prod(joined[: self.inputs])
 
-  def pack(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The tensor as it stands in their files, contiguous, in our dtype."""
-    joined = np.concatenate([arrays[view.name][view.index] for view in self.views], self.axis)
+  def pack(self, read: Callable[[View], np.ndarray]) -> np.ndarray:
+    """The tensor as it stands in their files, contiguous, in our dtype; `read` gives the values of a view."""
+    joined = np.concatenate([read(view) for view in self.views], self.axis)
     if self.inputs:
       joined = joined.reshape(math.prod(joined.shape[: self.inputs]), -1).T
     return np.ascontiguousarray(joined)
 
-  def unpack(self, value: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-    """Writes `value`, of this tensor's shape, into its places in our arrays."""
-    parts = [arrays[view.name][view.index] for view in self.views]
-    value = (value.T if self.inputs else value).reshape(self._joined([part.shape for part in parts]))
-    ends = np.cumsum([part.shape[self.axis] for part in parts])[:-1]
-    for part, piece in zip(parts, np.split(value, ends, self.axis), strict=True):
-      part[...] = piece
+  def find(self, number: int, part: tuple[slice, ...], shapes: dict[str, tuple[int, ...]]):
+    """Rows and columns of this tensor that hold `part`, slices of each axis, of the view with this number.
+
+    A vector counts as one column. The values there, transposed if `inputs` is not 0 and reshaped, are the part.
+    """
+    parts = self._parts(shapes)
+    joined, cut = self._joined(parts), list(part)
+    before = sum(shape[self.axis] for shape in parts[:number])
+    cut[self.axis] = slice(cut[self.axis].start + before, cut[self.axis].stop + before)
+    middle = self.inputs or 1
+    first, last = (
+      np.arange(math.prod(sizes)).reshape(sizes)[tuple(inside)].ravel()
+      for sizes, inside in ((joined[:middle], cut[:middle]), (joined[middle:], cut[middle:]))
+    )
+    return (last, first) if self.inputs else (first, last)
+
+  def _parts(self, shapes):
+    # The shape of a part is numpy's to tell: one number, seen as an array of any size.
+    return [np.broadcast_to(np.float32(0), shapes[view.name])[view.index].shape for view in self.views]
 
   def _joined(self, shapes):
     joined = list(shapes[0])
     joined[self.axis] = sum(shape[self.axis] for shape in shapes)
     return tuple(joined)
+
+
+def overlap(view: View, shape: tuple[int, ...], box: tuple[slice, ...]) -> tuple[tuple, tuple] | None:
+  """Where a view of an array of `shape` meets a box of it, given as slices with start and stop.
+
+  Returns:
+    The common part in coordinates of the box and of the view, each to go between numpy's brackets, or None.
+  """
+  in_box, in_view = [], []
+  for axis, (size, edge) in enumerate(zip(shape, box, strict=True)):
+    item = view.index[axis] if axis < len(view.index) else slice(None)
+    start, stop = item.indices(size)[:2] if isinstance(item, slice) else (item, item + 1)
+    first, last = max(edge.start, start), min(edge.stop, stop)
+    if first >= last:
+      return None
+    if isinstance(item, slice):
+      in_box.append(slice(first - edge.start, last - edge.start))
+      in_view.append(slice(first - start, last - start))
+    else:
+      in_box.append(first - edge.start)
+  return tuple(in_box), tuple(in_view)
 
 
 def table(model: ModelConfig) -> list[Tensor]:
@@ -87,12 +134,12 @@ def copies(model: ModelConfig) -> list[Tensor]:
   return embeddings + [head(model, f'{layer}.shared_head.head.weight') for layer in layers]
 
 
-def embedding(model: ModelConfig, name: str = 'model.embed_tokens.weight') -> Tensor:
+def embedding(model: ModelConfig, name: str = EMBEDDING) -> Tensor:
   """[vocabulary, D] without the padding."""
   return Tensor(name, (View('w_embedding_VD', (slice(0, model.vocab_size),)),), 0)
 
 
-def head(model: ModelConfig, name: str = 'lm_head.weight') -> Tensor:
+def head(model: ModelConfig, name: str = HEAD) -> Tensor:
   """[vocabulary, D] without the padding; the embedding if that is tied."""
   if model.tie_embeddings:
     return embedding(model, name)
@@ -108,8 +155,8 @@ def _moe_layer(model, theirs, ours, index, router):
   tensors = _norms_and_attention(model, theirs, ours, index)
   tensors.append(Tensor(f'{theirs}.mlp.gate.weight', (View(f'{ours}.w_router_DE', index),)))
   tensors.append(Tensor(f'{theirs}.mlp.gate.e_score_correction_bias', (View('bias_LE', (router,)),), 0))
-  for expert in range(model.num_experts):
-    for kind, name in (('gate', 'w_gate_eDF'), ('up', 'w_up_eDF'), ('down', 'w_down_eFD')):
+  for kind, name in (('gate', 'w_gate_eDF'), ('up', 'w_up_eDF'), ('down', 'w_down_eFD')):
+    for expert in range(model.num_experts):  # inside, so that one of our arrays is read at a time
       view = View(f'{ours}.experts.{name}', (*index, expert))
       tensors.append(Tensor(f'{theirs}.mlp.experts.{expert}.{kind}_proj.weight', (view,)))
   if model.num_shared_experts:
@@ -159,7 +206,3 @@ def _norms_and_attention(model, theirs, ours, index):
 def _ffn(theirs, ours, index):
   kinds = (('gate', 'w_gate_DF'), ('up', 'w_up_DF'), ('down', 'w_down_FD'))
   return [Tensor(f'{theirs}.{kind}_proj.weight', (View(f'{ours}.{name}', index),)) for kind, name in kinds]
-
-
-def _part_shape(shape, index):
-  return np.broadcast_to(np.float32(0), shape)[index].shape  # one number, seen as an array of any size

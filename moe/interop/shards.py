@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,13 @@ import safetensors
 from safetensors.numpy import save_file
 
 from moe.errors import UserError
-from moe.interop.hf_config import BLOCK
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 FLOATS = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
-FP8 = {'F8_E4M3': ml_dtypes.float8_e4m3fn}
-DTYPES = FLOATS | FP8  # numpy's safetensors cannot read the FP8 ones, so `Stored.read` does it for all
+DTYPES = FLOATS | {'F8_E4M3': ml_dtypes.float8_e4m3fn, 'U8': np.uint8}  # numpy's safetensors cannot read all of them
+
+NAMED = {'bfloat16': 'BF16', 'float32': 'F32'}  # what we write and compute in, as safetensors calls it
 
 
 class Stored(NamedTuple):
@@ -93,18 +94,6 @@ def _open_file(file):
   }
 
 
-def dequantise(weight: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-  """float32 weight [outputs, inputs] from FP8 and the factor of each 128 x 128 block."""
-  rows, columns = weight.shape
-  factor = np.repeat(np.repeat(scale_inv.astype(np.float32), BLOCK, 0)[:rows], BLOCK, 1)[:, :columns]
-  return weight.astype(np.float32) * factor
-
-
-def blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of the scales of an FP8 weight of `shape`."""
-  return tuple(-(-size // BLOCK) for size in shape)
-
-
 def plan(sizes: list[int], most_bytes: float) -> list[list[int]]:
   """Consecutive indices into `sizes` (bytes of each tensor) per file of at most `most_bytes`, never an empty one."""
   files, filled = [[]], 0
@@ -117,13 +106,28 @@ def plan(sizes: list[int], most_bytes: float) -> list[list[int]]:
   return files
 
 
-def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
-  """One safetensors file. Raises OSError if the disk refuses."""
+def holds(file: Path, expected: dict[str, tuple[str, tuple[int, ...]]]) -> bool:
+  """Whether `file` is whole and holds tensors of these names, dtypes and shapes, and no others."""
+  if not file.exists():
+    return False
   try:
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(tensors, file, metadata={'format': 'pt'})  # transformers wants to know where a file is from
-    file.chmod(mode)  # safetensors makes files for their owner's eyes only
+    found = _open_file(file)
+  except UserError:
+    return False
+  return {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} == expected
+
+
+def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+  """One safetensors file, which appears under its name once it is whole on the disk. Raises OSError if that refuses."""
+  unfinished = file.with_name(f'{file.name}.unfinished')
+  try:
+    unfinished.touch()
+    mode = unfinished.stat().st_mode
+    save_file(tensors, unfinished, metadata={'format': 'pt'})  # transformers wants to know where a file is from
+    unfinished.chmod(mode)  # safetensors makes files for their owner's eyes only
+    with unfinished.open('rb+') as stream:
+      os.fsync(stream.fileno())
+    unfinished.rename(file)
   except safetensors.SafetensorError as error:
     raise OSError(str(error)) from error
 

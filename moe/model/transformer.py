@@ -77,9 +77,8 @@ def _is_product(primitive, *args, **params) -> bool:
   return kernel or _DOTS_AND_NAMED(primitive, *args, **params)
 
 
-def embed_tokens(model: Transformer, token_BS: jax.Array) -> jax.Array:
+def embed_tokens(table_VD: jax.Array, token_BS: jax.Array) -> jax.Array:
   """Rows of the embedding, whose vocabulary is sharded over `tensor`: [B, S, D]."""
-  table_VD = model.w_embedding_VD[...]
   local_BS = token_BS - lax.axis_index('tensor') * table_VD.shape[0]
   here_BS = (local_BS >= 0) & (local_BS < table_VD.shape[0])
   rows_BSD = table_VD.at[jnp.where(here_BS, local_BS, 0)].get(mode='promise_in_bounds')
@@ -88,7 +87,7 @@ def embed_tokens(model: Transformer, token_BS: jax.Array) -> jax.Array:
 
 def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
   """Tokens to the residual stream that enters the MoE layers."""
-  x_BSD = embed_tokens(model, token_BS)
+  x_BSD = embed_tokens(model.w_embedding_VD[...], token_BS)
   for layer in model.dense_layers:
     x_BSD = remat(lambda x, layer=layer: layer(x, segment_BS, config), config.train.remat)(x_BSD)
   return x_BSD
@@ -111,17 +110,22 @@ def stack(
 def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, config: Config, dropless: bool):
   """Hidden state of MTP module `depth` (from 0) and its router's statistics.
 
+  The module reads the state before it after that one's final norm, as in transformers, SGLang and (the first module)
+  vLLM: the paper leaves it open, and so a module that is trained here drafts well there, and the other way round.
+
   Args:
     h_BSD: hidden state before it, of the main model or the module of one depth less, before any final norm.
     next_token_BS: the token depth + 1 positions ahead.
     segment_BS, mask_BS: document ids, and positions whose next_token lies in the same document.
   """
   module, eps = model.mtp[depth], config.model.norm_eps
+  scale_before_D = (model.mtp[depth - 1] if depth else model).scale_out_D[...]
   bias_E = model.bias_LE[...][config.model.num_moe_layers + depth]
 
   def run(h_BSD):
-    hidden_BSD = rms_norm(h_BSD, module.scale_hidden_D[...], eps)
-    embedded_BSD = rms_norm(embed_tokens(model, next_token_BS), module.scale_embedding_D[...], eps)
+    hidden_BSD = rms_norm(rms_norm(h_BSD, scale_before_D, eps), module.scale_hidden_D[...], eps)
+    embedded_BSD = embed_tokens(model.w_embedding_VD[...], next_token_BS)
+    embedded_BSD = rms_norm(embedded_BSD, module.scale_embedding_D[...], eps)
     x_BSD = hidden_BSD @ module.w_hidden_DD[...] + embedded_BSD @ module.w_embedding_DD[...]
     return module.layer(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
 

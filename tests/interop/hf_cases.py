@@ -192,16 +192,16 @@ def their_logits(folder, token_BS, mtp_depth: int = 0) -> np.ndarray:
     raise ValueError(f'{folder}: {info}')
   token_BS = torch.from_numpy(token_BS).long()
   length = token_BS.shape[1] - mtp_depth
-  hidden = []  # before the norms that follow: what our MTP modules read
-  model.model.layers[-1].register_forward_hook(lambda *arguments: hidden.append(arguments[-1]))
   with torch.no_grad():
-    logits = [model(token_BS[:, :length], use_cache=False).logits]
+    main = model(token_BS[:, :length], use_cache=False, output_hidden_states=True)
+    logits = [main.logits]
     if mtp_depth:
-      logits += _their_mtp_logits(model, hidden, token_BS, length)
+      logits += _their_mtp_logits(model, main.hidden_states[-1], token_BS, length)
   return torch.stack(logits).numpy()
 
 
-def _their_mtp_logits(model, hidden, token_BS, length):
+def _their_mtp_logits(model, hidden_BSD, token_BS, length):
+  """Each module's, on the hidden state that the one before it returns; MtpModel.forward drafts in the same order."""
   import torch
   from transformers.modeling_layers import MtpModel
 
@@ -213,9 +213,8 @@ def _their_mtp_logits(model, hidden, token_BS, length):
   position_BS = torch.arange(length)[None]
   mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
   for depth, layer in enumerate(mtp.layers):
-    layer.mtp_block.register_forward_hook(lambda *arguments: hidden.append(arguments[-1]))
     embedded_BSD = model.model.embed_tokens(token_BS[:, depth + 1 : depth + 1 + length])
     angles = model.model.rotary_emb(embedded_BSD, position_BS)
-    normed_BSD = layer(embedded_BSD, hidden[-1], angles, mask, position_BS, None)
-    logits.append(model.lm_head(normed_BSD))
+    hidden_BSD = layer(embedded_BSD, hidden_BSD, angles, mask, position_BS, None)
+    logits.append(model.lm_head(hidden_BSD))
   return logits

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.checkpoint import Checkpoints, flatten
+from moe.interop import load
 from moe.model import transformer
 from moe.state import TrainState
 
@@ -31,9 +32,29 @@ def nested(config, arrays):
   return jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(arrays[name]) for name in flatten(abstract)])
 
 
-def make_run(path, config, arrays, step=7):
-  """A run directory with one checkpoint of these arrays."""
-  balance = {'bias_LE': jnp.asarray(arrays['bias_LE'])}
+def read_run(path, config):
+  """The arrays of a run's newest checkpoint by dotted path, and its step."""
+  abstract = transformer.abstract_params(config)
+  bias = jax.ShapeDtypeStruct((config.model.num_routers, config.model.num_experts), np.float32)
+  like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (abstract, {'bias_LE': bias}))
+  checkpoints = Checkpoints(path)
+  restored, step = checkpoints.restore_weights(TrainState((), *like, ())), checkpoints.latest()
+  checkpoints.close()
+  arrays = flatten(restored.params) | {'bias_LE': restored.balance['bias_LE']}
+  return {name: np.asarray(array) for name, array in arrays.items()}, step
+
+
+def read_hf(folder, mesh, dtype='float32', quantized=False):
+  """Arrays of a checkpoint in Hugging Face's format by dotted path, on a mesh as the forward pass lays them out."""
+  checkpoint = load.open_checkpoint(folder)
+  specs = load.specs(checkpoint.model, mesh)
+  params, bias_LE = load.load(checkpoint, mesh, specs, dtype, quantized)
+  return checkpoint.model, params, bias_LE
+
+
+def make_run(path, config, arrays, step=7, balance=()):
+  """A run directory with one checkpoint of these arrays and what else its bias rule remembers."""
+  balance = {'bias_LE': jnp.asarray(arrays['bias_LE']), **dict(balance)}
   checkpoints = Checkpoints(path)
   checkpoints.save(TrainState(jnp.asarray(step), nested(config, arrays), balance, ()), {'step': step, 'tokens': 0})
   checkpoints.wait()

@@ -1,5 +1,6 @@
 """Folders that are no DeepSeek-V3 checkpoint, or a broken one: one line that names the fault, and nothing written."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -9,12 +10,13 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from our_runs import make_run, random_arrays
 from safetensors.numpy import load_file, save_file
 
 from moe.config import Config
 from moe.errors import UserError
-from moe.interop import from_hf, shards, to_hf
+from moe.interop import from_hf, hf_config, shards, to_hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIRST = 'model-00001-of-00003.safetensors'
@@ -53,6 +55,8 @@ def change_config(folder, **changes):
   (folder / 'config.json').write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
 
 
+MXFP4 = hf_config.QUANTIZATION['mxfp4']
+INT4 = MXFP4['config_groups']['group_0']['weights'] | {'type': 'int'}
 YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64}
 
 
@@ -80,6 +84,8 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_scaling': YARN | {'factor': 'four'}}, 'not a set of numbers'),
     ({'rope_scaling': YARN | {'partial_rotary_factor': 0.5}}, 'rope_scaling = '),
     ({'quantization_config': {'quant_method': 'gptq'}}, "quantization_config = {'quant_method': 'gptq'}"),
+    ({'quantization_config': MXFP4 | {'config_groups': {'group_0': {'weights': INT4}}}}, "'type': 'int'"),
+    ({'quantization_config': MXFP4 | {'config_groups': ['Linear']}}, "'config_groups': ['Linear']"),
     ({'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [64, 64]}}, 'only fp8 in blocks of 128x128'),
   ],
 )
@@ -152,9 +158,9 @@ FP8 = np.ones((8, 16), ml_dtypes.float8_e4m3fn)
     ({NORM: np.ones(16, ml_dtypes.float8_e4m3fn)}, f'{NORM} is F8_E4M3'),
     ({GATE: FP8}, f'{GATE}_scale_inv is missing'),
     ({GATE: FP8, f'{GATE}_scale_inv': np.ones((2, 1), np.float32)}, f'{GATE}_scale_inv is F32 [2, 1] and must be F32'),
-    ({f'{GATE}_scale_inv': np.ones((1, 1), np.float32)}, f'{GATE}_scale_inv belongs to a weight of F32'),
-    ({'model.layers.3.embed_tokens.weight': np.ones((40, 16), np.float32)}, 'differs from the embedding'),
-    ({'model.layers.4.shared_head.head.weight': np.ones((40, 16), np.float32)}, 'differs from the head'),
+    ({f'{GATE}_scale_inv': np.ones((1, 1), np.float32)}, f'{GATE}_scale_inv does not belong to a weight of F32'),
+    ({'model.layers.3.embed_tokens.weight': np.ones((40, 16), np.float32)}, 'differs from model.embed_tokens.weight'),
+    ({'model.layers.4.shared_head.head.weight': np.ones((40, 16), np.float32)}, 'differs from lm_head.weight'),
   ],
 )
 def test_every_tensor_is_accounted_for(broken, changes, what):
@@ -164,6 +170,48 @@ def test_every_tensor_is_accounted_for(broken, changes, what):
   kept = {name: value for name, value in (tensors | changes).items() if value is not None}
   save_file(kept, broken / shards.SINGLE)
   refused(broken, what)
+
+
+UP = 'model.layers.1.mlp.experts.0.up_proj.weight'  # [6, 32] in the checkpoint below
+PACKED, SCALE = np.ones((6, 16), np.uint8), np.ones((6, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'what'),
+  [
+    ({f'{UP}_packed': PACKED}, f'{UP} is mxfp4 and {UP}_scale is missing'),
+    ({f'{UP}_packed': PACKED, f'{UP}_scale': SCALE[:5]}, f'{UP}_scale is U8 [5, 1] and must be U8 [6, 1]'),
+    ({f'{UP}_packed': PACKED[:, :8], f'{UP}_scale': SCALE}, f'{UP}_packed is U8 [6, 8] and must be U8 [6, 16]'),
+    ({f'{UP}_packed': PACKED.astype(np.int8), f'{UP}_scale': SCALE}, f'{UP}_packed is I8 [6, 16] and must be U8'),
+    ({f'{UP}_packed': PACKED, f'{UP}_scale': SCALE, UP: np.ones((6, 32), np.float32)}, f'{UP} does not belong to'),
+    ({UP: np.ones((6, 32), np.uint8)}, f'{UP} is U8 and must be one of'),
+    ({f'{UP}_scale': SCALE}, f'{UP} is missing'),
+    ({f'{UP}_scale': SCALE, UP: np.ones((6, 32), np.float32)}, f'{UP}_scale does not belong to a weight of F32'),
+  ],
+)
+def test_mxfp4_is_accounted_for(changes, what, tiny_model, tmp_path):
+  config = Config(model=dataclasses.replace(tiny_model, d_model=32, mtp_depth=0))
+  to_hf.export_run(make_run(tmp_path / 'run', config, random_arrays(config)), tmp_path / 'hf')
+  (file,) = (tmp_path / 'hf').glob('*.safetensors')
+  tensors = load_file(file)
+  del tensors[UP]
+  save_file(tensors | changes, file)
+  index = {'weight_map': dict.fromkeys(tensors | changes, file.name)}
+  (tmp_path / 'hf' / shards.INDEX).write_text(json.dumps(index))
+  shutil.rmtree(tmp_path / 'run')
+  refused(tmp_path / 'hf', what)
+
+
+def test_vocabularies_disagree(broken):
+  """config.json and the embedding; the tokenizer and config.json."""
+  change_config(broken, vocab_size=41)
+  refused(broken, 'model.embed_tokens.weight has shape [40, 16] and must have [41, 16]')
+  change_config(broken, vocab_size=40)
+  (broken / 'tokenizer.json').write_text('{"model": 3}')
+  refused(broken, f'cannot read {broken}/tokenizer.json')
+  vocabulary = {'a': 0, 'b': 1, '<s>': 40}
+  tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, 'a')).save(str(broken / 'tokenizer.json'))
+  refused(broken, 'tokenizer.json has a token 40 and the model a vocabulary of 40')
 
 
 def test_existing_run_is_left_alone(exported, tmp_path):

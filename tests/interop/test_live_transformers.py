@@ -5,11 +5,11 @@ import dataclasses
 import hf_cases
 import numpy as np
 import pytest
-from our_runs import make_run, nested, random_arrays
+from our_runs import make_run, nested, random_arrays, read_hf, read_run
 
 from moe import loop
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from moe.interop import from_hf, to_hf
+from moe.interop import to_hf
 
 torch = pytest.importorskip('torch', reason='the live comparison needs torch; golden_logits.npz stands in for it')
 transformers = pytest.importorskip('transformers', reason='the live comparison needs transformers')
@@ -61,7 +61,7 @@ def test_train_export_load(tmp_path, mesh_of, fast_jit):
   )
   loop.train(config, str(tmp_path / 'run'))
   to_hf.export_run(tmp_path / 'run', tmp_path / 'hf', 'float32')
-  arrays, step = to_hf.read_weights(tmp_path / 'run', config)
+  arrays, step = read_run(tmp_path / 'run', config)
   assert step == 4
   assert np.abs(arrays['bias_LE']).max() > 0.04
   compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
@@ -83,7 +83,7 @@ def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):
   assert token_BS.shape == (2, 72)
   with torch.no_grad():
     expected_BSV = theirs(token_BS).logits.numpy()
-  model, params, bias_LE, _ = from_hf.read_checkpoint(tmp_path / 'hf')
+  model, params, bias_LE = read_hf(tmp_path / 'hf', mesh_of())
   token_BS = token_BS.numpy().astype(np.int32)
   (ours_BSV,) = hf_cases.our_logits(model, params, bias_LE, token_BS, mesh_of(), fast_jit)
   np.testing.assert_allclose(ours_BSV, expected_BSV, rtol=0, atol=1e-4)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import types
 
 import jax
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 import tokenizers
-from our_runs import make_run, random_arrays
+from our_runs import make_run, random_arrays, read_hf, read_run
 from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
@@ -19,7 +21,7 @@ from moe import state
 from moe.checkpoint import Checkpoints, flatten
 from moe.config import BalanceConfig, Config, ModelConfig, from_config_dict
 from moe.errors import UserError
-from moe.interop import from_hf, hf_config, names, shards, to_hf
+from moe.interop import from_hf, hf_config, load, names, shards, to_hf
 from moe.model import transformer
 
 NO_YARN = {'yarn_factor': 1.0, 'yarn_original_len': ModelConfig.yarn_original_len}
@@ -49,7 +51,7 @@ def test_every_value_comes_back(variant, tiny_model, tmp_path):
   from_hf.import_run(tmp_path / 'hf', tmp_path / 'again')
   imported = from_config_dict(json.loads((tmp_path / 'again' / 'config.json').read_text())['config'])
   assert imported.model == config.model
-  found, step = to_hf.read_weights(tmp_path / 'again', imported)
+  found, step = read_run(tmp_path / 'again', imported)
   assert step == 0
   equal(found, arrays)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['again', 'hf', 'run']
@@ -73,7 +75,7 @@ def test_import_starts_another_run(tiny_model, tmp_path):
   assert from_config_dict(settings['get_config']('train.seed=3')).model == tiny_model
 
 
-def test_bfloat16_and_files(tiny_model, tmp_path):
+def test_bfloat16_and_files(tiny_model, tmp_path, mesh_of):
   """Weights rounded, the bias not; no file larger than asked for; the index complete."""
   config = Config(model=tiny_model)
   arrays = random_arrays(config)
@@ -98,7 +100,7 @@ def test_bfloat16_and_files(tiny_model, tmp_path):
   np.testing.assert_array_equal(biases['model.layers.2.mlp.gate.e_score_correction_bias'], arrays['bias_LE'][1])
   up_DF = arrays['layers.experts.w_up_eDF'][1, 5].astype(ml_dtypes.bfloat16)
   np.testing.assert_array_equal(found['model.layers.2.mlp.experts.5.up_proj.weight'], up_DF.T)
-  _, params, bias_LE, _ = from_hf.read_checkpoint(tmp_path / 'hf')
+  _, params, bias_LE = read_hf(tmp_path / 'hf', mesh_of())
   np.testing.assert_array_equal(params['layers']['experts']['w_up_eDF'][1, 5], up_DF.astype(np.float32))
   np.testing.assert_array_equal(bias_LE, arrays['bias_LE'])
 
@@ -107,7 +109,7 @@ def test_export_fills_files_up():
   assert shards.plan([4, 4, 4, 10, 1], 8) == [[0, 1], [2], [3], [4]]
 
 
-def test_mtp_copies_and_their_absence(tiny_model, tmp_path):
+def test_mtp_copies_and_their_absence(tiny_model, tmp_path, mesh_of):
   """DeepSeek's files repeat embedding and head; transformers saves no modules and yet their number."""
   config = Config(model=tiny_model)
   to_hf.export_run(make_run(tmp_path / 'run', config, random_arrays(config)), tmp_path / 'hf', 'float32')
@@ -119,11 +121,11 @@ def test_mtp_copies_and_their_absence(tiny_model, tmp_path):
     name: value for name, value in tensors.items() if not name.startswith(('model.layers.3', 'model.layers.4'))
   }
   rewrite(tmp_path / 'hf', without)
-  model, params, bias_LE, lines = from_hf.read_checkpoint(tmp_path / 'hf')
+  model, params, bias_LE = read_hf(tmp_path / 'hf', mesh_of())
   assert model == dataclasses.replace(tiny_model, mtp_depth=0)
   assert bias_LE.shape == (2, 8)
   assert 'mtp' not in params
-  assert 'the files hold none' in lines[0]
+  assert 'the files hold none' in load.open_checkpoint(tmp_path / 'hf').remarks[0]
 
 
 def rewrite(folder, tensors):
@@ -133,7 +135,7 @@ def rewrite(folder, tensors):
   save_file(tensors, folder / shards.SINGLE)
 
 
-def test_fp8_blocks(tiny_model, tmp_path):
+def test_fp8_blocks(tiny_model, tmp_path, mesh_of):
   """Weights in FP8 with a factor per 128 x 128 block, the last blocks smaller, as DeepSeek's files have them."""
   model = dataclasses.replace(tiny_model, d_model=160, d_ff=300, vocab_size=128, mtp_depth=0)
   config = Config(model=model)
@@ -146,7 +148,7 @@ def test_fp8_blocks(tiny_model, tmp_path):
   fields = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   fields['quantization_config'] = {'quant_method': 'fp8', 'fmt': 'e4m3', 'weight_block_size': [128, 128]}
   (tmp_path / 'hf' / 'config.json').write_text(json.dumps(fields))
-  _, params, _, _ = from_hf.read_checkpoint(tmp_path / 'hf')
+  _, params, _ = read_hf(tmp_path / 'hf', mesh_of())
   expected = np.empty((300, 160), np.float32)
   for row in range(300):
     for column in range(160):
@@ -234,6 +236,46 @@ def test_deepseek_v3_itself(tmp_path):
   numbers = lambda tensors: sum(math.prod(tensor.shape(shapes)) for tensor in tensors)
   assert round(numbers(names.table(model)) / 1e9, 2) == 682.64
   assert numbers(names.copies(model)) == 2 * 129280 * 7168
+
+
+def test_rules_that_remember_more(tiny_model, tmp_path):
+  """A run whose checkpoint holds more of its bias rule than the bias."""
+  config = Config(model=tiny_model, balance=BalanceConfig(bias_rule='smebu'))
+  arrays = random_arrays(config)
+  run = make_run(tmp_path / 'run', config, arrays, balance={'momentum_LE': jnp.ones((4, 8))})
+  to_hf.export_run(run, tmp_path / 'hf', 'float32')
+  (file,) = (tmp_path / 'hf').glob('*.safetensors')
+  found_E = load_file(file)['model.layers.4.mlp.gate.e_score_correction_bias']
+  np.testing.assert_array_equal(found_E, arrays['bias_LE'][3])
+
+
+def test_damaged_runs(tiny_model, tmp_path):
+  config = Config(model=tiny_model)
+  run, target = make_run(tmp_path / 'run', config, random_arrays(config)), tmp_path / 'hf'
+  meta = run / 'checkpoints' / '7' / 'meta' / 'metadata'
+  text = meta.read_text()
+  meta.write_text(text.replace('moe-lossfree-1', 'other-2'))
+  with pytest.raises(UserError, match="is not of this program: format 'other-2'"):
+    to_hf.export_run(run, target)
+  meta.write_text('{')
+  with pytest.raises(UserError, match='is damaged or foreign'):
+    to_hf.export_run(run, target)
+  meta.write_text(text)
+  store = ts.KvStore.open({'driver': 'ocdbt', 'base': f'file://{run}/checkpoints/7/params/'}).result()
+  lost = 'layers.experts.w_up_eDF/0.0.0.0'
+  chunk = store.read(lost).result().value
+  store.delete_range(ts.KvStore.KeyRange(lost, lost + '0')).result()
+  with pytest.raises(UserError, match=r'checkpoint .*/7 is damaged: '):
+    to_hf.export_run(run, target)
+  store.write(lost, chunk).result()
+  data = max((run / 'checkpoints' / '7' / 'params').rglob('d/*'), key=lambda path: path.stat().st_size)
+  data.write_bytes(data.read_bytes()[:100])
+  with pytest.raises(UserError, match=r'checkpoint .*/7 is damaged: '):
+    to_hf.export_run(run, target)
+  shutil.rmtree(run / 'checkpoints' / '7')
+  with pytest.raises(UserError, match='holds no checkpoint'):
+    to_hf.export_run(run, target)
+  assert [path.name for path in tmp_path.iterdir()] == ['run']
 
 
 def test_tokenizer_goes_along(tiny_model, tmp_path):

@@ -183,7 +183,7 @@ def test_vocabulary(tied, tensor, mesh_of, fast_jit):
 
   def local(params, h_BSD):
     model = transformer.build(config, params, jnp.asarray(bias_LE))
-    embedded_BSD = transformer.embed_tokens(model, jnp.asarray(token_BS))
+    embedded_BSD = transformer.embed_tokens(model.w_embedding_VD[...], jnp.asarray(token_BS))
     logits_BSV = transformer.head(model, h_BSD, model.scale_out_D[...])
     nats = transformer.nats(model, h_BSD, model.scale_out_D[...], jnp.asarray(target_BS), jnp.asarray(weight_BS))
     return embedded_BSD, logits_BSV, nats

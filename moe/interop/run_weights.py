@@ -1,0 +1,78 @@
+"""The weights of a run's newest checkpoint, a slice at a time: an export never holds the model.
+
+Orbax restores whole arrays, and a stacked array of experts is a third of the model. Its files are zarr arrays in an
+OCDBT store, which tensorstore, Orbax's own reader, slices. It decodes whole chunks: what one device held of an array.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from moe.checkpoint import FORMAT, Checkpoints
+from moe.errors import UserError
+from moe.interop.names import View
+
+
+class RunWeights:
+  """Parameters and 'bias_LE' by dotted path, on the disk."""
+
+  def __init__(self, run: Path, shapes: dict[str, tuple[int, ...]]):
+    """Opens the newest checkpoint of `run`, which must hold float32 arrays of these shapes and 'bias_LE'.
+
+    Raises:
+      UserError: no checkpoint, damaged, or of another model.
+    """
+    checkpoints = Checkpoints(run)
+    self.step = checkpoints.latest()
+    checkpoints.close()
+    if self.step is None:
+      raise UserError(f'{checkpoints.path} holds no checkpoint')
+    self.path = checkpoints.path / str(self.step)
+    _check_format(self.path)
+    self._arrays = {name: self._open(name) for name in shapes}
+    for name, shape in shapes.items():
+      found = self._arrays[name]
+      if (found.shape, found.dtype.name) != (shape, 'float32'):
+        raise UserError(
+          f'checkpoint {self.path} does not fit the model: {name} is {found.dtype.name} {list(found.shape)} there and '
+          f'float32 {list(shape)} in this config'
+        )
+
+    self._piece = functools.lru_cache(maxsize=1)(self._read)
+
+  def read(self, view: View) -> np.ndarray:
+    """Values of a part of an array. Raises UserError if the checkpoint is damaged.
+
+    The experts of a layer, which follow each other in an export, are read together: the checkpoint's chunks hold many.
+    """
+    if '.experts.' not in view.name:
+      return self._read(view.name, view.index)
+    *piece, expert = view.index
+    return self._piece(view.name, tuple(piece))[expert]
+
+  def _read(self, name, index):
+    try:
+      return self._arrays[name][index].read().result()
+    except ValueError as error:
+      raise UserError(f'checkpoint {self.path} is damaged: {str(error).splitlines()[0][:300]}') from error
+
+  def _open(self, name):
+    item = 'balance' if name == 'bias_LE' else 'params'
+    store = {'driver': 'ocdbt', 'base': f'file://{self.path / item}/', 'path': f'{name}/'}
+    spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}  # else lost chunks read as 0
+    try:
+      return ts.open(spec, open=True, read=True).result()
+    except ValueError as error:
+      raise UserError(f'checkpoint {self.path} does not fit the model: {name} is missing there') from error
+
+
+def _check_format(path):
+  try:
+    found = json.loads((path / 'meta' / 'metadata').read_text('utf-8'))['format']
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'checkpoint {path} is damaged or foreign: {type(error).__name__} {error}') from error
+  if found != FORMAT:
+    raise UserError(f'checkpoint {path} is not of this program: format {found!r}, not {FORMAT!r}')
