@@ -1,4 +1,4 @@
-"""The forward product of the FP8 grouped matmul, on operands that are quantised already, and quantising them."""
+"""FP8 grouped matmuls on operands that are quantised already, forward and weight gradient, and quantising them."""
 
 import functools
 
@@ -9,49 +9,84 @@ import numpy as np
 from moe.bench import timing
 from moe.bench.gemm import Shape, uneven_sizes
 from moe.ops import fp8
+from moe.ops.quantize_gpu import Blocks, blocks_of
 
 
 def measure(shape: Shape, backend: str, repeats: int, inner: int) -> list[dict]:
-  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising both operands."""
+  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising the operands."""
   timing.say(f'fp8 {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
-  keys = jax.random.split(jax.random.key(0))
+  keys = jax.random.split(jax.random.key(0), 3)
   x_MD = jax.random.normal(keys[0], (M, D), jnp.bfloat16)
   w_eDF = jax.random.normal(keys[1], (E, D, F), jnp.bfloat16)
-  quantize = jax.jit(lambda x: fp8.quantize_rows(x, backend))
+  dy_MF = jax.random.normal(keys[2], (M, F), jnp.bfloat16)
+  quantize = jax.jit(lambda x: fp8.quantize_rows(x, backend, power_of_two=True))
   quantize_matrices = jax.jit(lambda w: fp8.quantize_matrices(w, backend))
   x, (w, laid_out) = quantize(x_MD), quantize_matrices(w_eDF)
   run = jax.jit(lambda x, w: fp8.product(x, w, jnp.asarray(size_e), backend, jnp.bfloat16)).lower(x, laid_out).compile()
   errors = check(run(x, laid_out), x, w, x_MD, w_eDF, size_e)
+  blocks = blocks_of(jnp.asarray(size_e), M)
+  turn = jax.jit(lambda x: fp8.turn(x, blocks, backend))
+  both_ways = jax.jit(lambda dy: fp8.quantize_both_ways(dy, blocks, backend))
+  turned = turn(x), both_ways(dy_MF)[1]
+  wgrad = jax.jit(lambda x, dy: fp8.product_of_turned(x, dy, blocks, backend, jnp.bfloat16)).lower(*turned).compile()
+  wgrad_errors = check_wgrad(wgrad(*turned), *turned, blocks, x_MD, dy_MF, size_e)
   calls = {
     f'fp8 {backend}': functools.partial(run, x, laid_out),
+    f'fp8 {backend} dw': functools.partial(wgrad, *turned),
     'quantize rows': functools.partial(quantize, x_MD),
+    'quantize rows both ways': functools.partial(both_ways, dy_MF),
+    'turn rows': functools.partial(turn, x),
     'quantize matrices': functools.partial(quantize_matrices, w_eDF),
   }
   if timing.torch():
     calls['torch _scaled_grouped_mm'] = torch_product(shape, size_e)
   times_s = timing.median_s(calls, repeats, inner)
   tflop = 2 * int(size_e.sum()) * D * F / 1e12
-  # Read in bf16; written in FP8 with scales, matrices in both orientations.
-  moved_gb = {'quantize rows': M * D * (2 + 1 + 4 / fp8.BLOCK) / 1e9, 'quantize matrices': E * D * F * (2 + 2) / 1e9}
+  scale_bytes = 4 / fp8.BLOCK  # per value
+  # Read in bf16, or FP8 with scales to be turned; written in FP8 with scales, once or both ways round.
+  moved_gb = {
+    'quantize rows': M * D * (2 + 1 + scale_bytes) / 1e9,
+    'quantize rows both ways': M * F * (2 + 2 * (1 + scale_bytes)) / 1e9,
+    'turn rows': M * D * 2 * (1 + scale_bytes) / 1e9,
+    'quantize matrices': E * D * F * (2 + 2) / 1e9,
+  }
   rows = []
   for name, s in times_s.items():
-    rate = {'gb_per_s': moved_gb[name] / s} if name in moved_gb else {'tflop_per_s': tflop / s}
+    if name in moved_gb:
+      rate = {'gb_per_s': moved_gb[name] / s}
+    else:
+      rate = {'dw_tflop_per_s' if name.endswith(' dw') else 'tflop_per_s': tflop / s}
     rows.append({'shape': 'x'.join(map(str, shape)), 'name': name, 's': s, **rate})
   rows[0] |= errors | {'kernels': timing.kernels(run)}
+  rows[1] |= wgrad_errors | {'kernels': timing.kernels(wgrad)}
   return rows
 
 
 def check(y_MF, x, w, x_MD, w_eDF, size_e) -> dict:
-  """Errors of the middle expert's rows: of rounding the result, and of FP8. AssertionError if they are too large."""
+  """Errors of the middle expert's rows, see `errors_of`."""
   e = len(size_e) // 2
   rows = slice(int(size_e[:e].sum()), int(size_e[: e + 1].sum()))
-  as_float64 = lambda a: np.asarray(a, np.float64)
-  got, exact = as_float64(y_MF[rows]), as_float64(x_MD[rows]) @ as_float64(w_eDF[e])
   of_rows = fp8.dequantize(fp8.Quantized(x.value[rows], x.scale[rows]), fp8.ROWS)
   of_expert = fp8.dequantize(fp8.Quantized(w.value[e], w.scale[e]), fp8.BLOCKS)
-  rounded = as_float64(of_rows) @ as_float64(of_expert)
+  return errors_of(y_MF[rows], of_rows, of_expert, x_MD[rows], w_eDF[e])
+
+
+def check_wgrad(dw_eDF, x, dy, blocks: Blocks, x_MD, dy_MF, size_e) -> dict:
+  """Errors of the middle expert's weight gradient, see `errors_of`."""
+  e = len(size_e) // 2
+  rows = slice(int(size_e[:e].sum()), int(size_e[: e + 1].sum()))
+  mine = slice(int(blocks.first_e[e]), int(blocks.first_e[e] + blocks.count_e[e]))
+  tokens = slice(mine.start * fp8.BLOCK, mine.stop * fp8.BLOCK)
+  of_blocks = [fp8.dequantize(fp8.Quantized(a.value[:, tokens].T, a.scale[mine]), fp8.COLUMNS) for a in (x, dy)]
+  return errors_of(dw_eDF[e], of_blocks[0].T, of_blocks[1], x_MD[rows].T, dy_MF[rows])
+
+
+def errors_of(got, a, b, exact_a, exact_b) -> dict:
+  """Errors of a product: of rounding the result of a b, and of FP8. AssertionError if they are too large."""
+  got, a, b, exact_a, exact_b = (np.asarray(array, np.float64) for array in (got, a, b, exact_a, exact_b))
+  rounded, exact = a @ b, exact_a @ exact_b
   error = np.linalg.norm(got - rounded) / np.linalg.norm(rounded)
   distance = 1 - 2 * (got * exact).sum() / ((got**2).sum() + (exact**2).sum())
   assert error < 2e-3, error

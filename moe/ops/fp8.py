@@ -10,17 +10,21 @@ E4M3 has 3 bits of mantissa and reaches from 2^-9 to 448, so whoever rounds to i
 scale per tensor lets a single outlier push the rest below 2^-9; so scales belong to small blocks, and each block's
 largest value becomes 448:
 
-    activations and gradients   1 x 128 along the axis that is summed over: each token has its own scale
+    activations and gradients   1 x 128 along the axis that is summed over: each token has its own scale in Fprop and
+                                Dgrad, and each channel of 128 tokens of one expert in Wgrad
     weights                     128 x 128: the same blocks serve Fprop and, transposed, Dgrad
 
 Scales are made anew from the values at hand (online), so there is no history to keep or to restore. They differ along
 the axis of the sum, so each 128 of it is summed alone, multiplied by both scales and added in float32, which also mends
 the 14 bits of Hopper's FP8 sums. With Gaussian operands a product comes out 3.7% off (Frobenius), by rounding alone.
 
-Fprop and Dgrad run in FP8. x is kept for the backward pass in FP8, at half the memory of bf16. Wgrad multiplies that x,
-dequantised, by dy in the compute dtype: in FP8 it would need x and dy quantised once more, along tokens. Rows on their
-way to experts of other shards are FP8, too, with scales that are powers of two (`model/dispatch/wire.py`). Router,
-norms, embedding, head, the core of attention, masters and moments never are FP8.
+Fprop and Dgrad run in FP8. x is kept for the backward pass in FP8, at half the memory of bf16. So does Wgrad where it
+pays (`wgrad_pays`): it wants x and dy quantised once more, along tokens, and with tokens last ("turned"). x is turned
+from what was kept, so it is rounded twice; with scales that are powers of two the second rounding only meets values
+that become subnormal, and dw of Gaussian operands is 3.8% off instead of 4.5%. Elsewhere Wgrad multiplies the kept x,
+dequantised, by dy in the compute dtype. Rows on their way to experts of other shards are FP8, too, with scales that are
+powers of two (`model/dispatch/wire.py`). Router, norms, embedding, head, the core of attention, masters and moments
+never are FP8.
 
 On Hopper GPUs the products are the kernels of `grouped_matmul/mosaic_gpu_fp8.py`. Elsewhere the same numbers are
 emulated: dequantised to float32 and multiplied there, which is also the kernels' oracle.
@@ -37,10 +41,13 @@ from jax.ad_checkpoint import checkpoint_name
 from moe.ops import quantize_gpu
 from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, SAVED, mosaic_gpu_fp8
 from moe.ops.grouped_matmul.persistent import pad_to_multiples
-from moe.ops.quantize_gpu import BLOCK
-from moe.ops.varying import align
+from moe.ops.quantize_gpu import BLOCK, Blocks, blocks_of
+from moe.ops.varying import align, vary, varying_axes
 
-ROWS, BLOCKS = (1, BLOCK), (BLOCK, BLOCK)  # rows and columns that share a scale
+ROWS, COLUMNS, BLOCKS = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)  # rows and columns that share a scale
+# Measured on one H200 (bench.py --suite=gemm, --suite=fp8): Wgrad; quantising as is, turning x, quantising dy both ways.
+BF16_FLOP_PER_S, FP8_FLOP_PER_S = 0.6e15, 0.8e15
+AS_IS_BYTES_PER_S, TURN_BYTES_PER_S, BOTH_WAYS_BYTES_PER_S = 3.3e12, 1.3e12, 2.0e12
 
 
 class Quantized(NamedTuple):
@@ -91,13 +98,29 @@ def grouped_matmul(
     w_eDF: a matrix per expert.
     size_e: int32 rows per expert, multiples of the backend's ROW_MULTIPLES.
     backend: a key of BACKENDS; all but mosaic_gpu emulate.
-    power_of_two: scales of rows are powers of two: rows that came in FP8 with such are not rounded once more.
+    power_of_two: scales of rows are powers of two: rows that came in FP8 with such are not rounded once more. With
+      Wgrad in FP8 they always are.
   """
   (rows, _), F = x_MD.shape, w_eDF.shape[2]
+  wgrad_in_fp8 = wgrad_pays(rows, *w_eDF.shape)
   if backend == 'mosaic_gpu':
     x_MD = pad_to_multiples(x_MD, ROW_MULTIPLES[backend], BLOCK)
     w_eDF = pad_to_multiples(w_eDF, 1, BLOCK, BLOCK)
-  return _grouped(*align(x_MD, w_eDF, size_e), backend, power_of_two)[:rows, :F]
+  operands = align(x_MD, w_eDF, size_e)
+  return _grouped(*operands, backend, power_of_two or wgrad_in_fp8, wgrad_in_fp8)[:rows, :F]
+
+
+def wgrad_pays(rows: int, experts: int, D: int, F: int) -> bool:
+  """Whether a Hopper GPU gains more by multiplying x^T dy in FP8 than it loses by turning x and dy.
+
+  Decided by shapes alone, so that emulation rounds as the kernels do.
+  """
+  written_s = experts * D * F * 2 / AS_IS_BYTES_PER_S  # with few rows per expert, writing dw is what takes long
+  product_s = lambda flop_per_s: max(2 * rows * D * F / flop_per_s, written_s)
+  # x: one byte read and one written instead of one and two. dy: two read and two written instead of two and one.
+  turning_s = rows * (2 * D / TURN_BYTES_PER_S + 4 * F / BOTH_WAYS_BYTES_PER_S)
+  not_turning_s = rows * (3 * D + 3 * F) / AS_IS_BYTES_PER_S
+  return product_s(BF16_FLOP_PER_S) - product_s(FP8_FLOP_PER_S) > turning_s - not_turning_s
 
 
 def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
@@ -108,28 +131,38 @@ def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
   return y_MF[: len(x_MD)].reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(x_MD, w_eDF, size_e, backend, power_of_two):
-  return _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped(x_MD, w_eDF, size_e, backend, power_of_two, wgrad_in_fp8):
+  return _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two, wgrad_in_fp8)[0]
 
 
-def _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two):
+def _grouped_forward(x_MD, w_eDF, size_e, backend, power_of_two, wgrad_in_fp8):
+  del wgrad_in_fp8
   x, (w, contracted_last) = quantize_rows(x_MD, backend, power_of_two), quantize_matrices(w_eDF, backend)
   y_MF = product(x, contracted_last, size_e, backend, x_MD.dtype)
   x, w, y_MF = checkpoint_name((x, w, y_MF), SAVED)
   return y_MF, (x, w, size_e, jnp.zeros((0,), w_eDF.dtype))
 
 
-def _grouped_backward(backend, power_of_two, saved, dy_MF):
+def _grouped_backward(backend, power_of_two, wgrad_in_fp8, saved, dy_MF):
   x, w, size_e, like_w = saved
-  dx_MD = product(quantize_rows(dy_MF, backend, power_of_two), w, size_e, backend, dy_MF.dtype)
-  x_MD = dequantize(x, ROWS).astype(dy_MF.dtype)
-  of_w = lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e)
-  (dw_eDF,) = jax.vjp(of_w, w.value.astype(like_w.dtype))[1](dy_MF)  # of the vjp, only the weights' product is run
-  return dx_MD, dw_eDF, None
+  if wgrad_in_fp8:
+    blocks = blocks_of(size_e, len(dy_MF))
+    dy, dy_turned = quantize_both_ways(dy_MF, blocks, backend)
+    dw_eDF = product_of_turned(turn(x, blocks, backend), dy_turned, blocks, backend, like_w.dtype)
+  else:
+    dy = quantize_rows(dy_MF, backend, power_of_two)
+    dw_eDF = _weight_gradient(dequantize(x, ROWS).astype(dy_MF.dtype), dy_MF, size_e, backend, like_w.dtype)
+  return product(dy, w, size_e, backend, dy_MF.dtype), dw_eDF, None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _weight_gradient(x_MD, dy_MF, size_e, backend, dtype):
+  """dw of a backend of `grouped_matmul`, of whose vjp only the weights' product is run."""
+  w_eDF = vary(jnp.zeros((len(size_e), x_MD.shape[1], dy_MF.shape[1]), dtype), varying_axes(x_MD))
+  return jax.vjp(lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e), w_eDF)[1](dy_MF)[0]
 
 
 def quantize_rows(x_MK: jax.Array, backend: str, power_of_two: bool = False) -> Quantized:
@@ -147,6 +180,37 @@ def quantize_matrices(w_eKN: jax.Array, backend: str) -> tuple[Quantized, Quanti
     value, scale = quantize(w_eKN, BLOCKS)
     turned = value.swapaxes(1, 2)
   return Quantized(value, scale), Quantized(turned, scale.swapaxes(1, 2))
+
+
+def turn(x: Quantized, blocks: Blocks, backend: str) -> Quantized:
+  """Rows in ROWS as values [K, B * 128], tokens last, and scales [B, K], powers of two; see `quantize_gpu.Blocks`."""
+  if backend == 'mosaic_gpu':
+    return Quantized(*quantize_gpu.turned(x.value, x.scale, blocks))
+  return _turned(dequantize(x, ROWS), blocks)
+
+
+def quantize_both_ways(x_MK: jax.Array, blocks: Blocks, backend: str) -> tuple[Quantized, Quantized]:
+  """In ROWS, with powers of two, and turned; rows of no block are unspecified."""
+  if backend == 'mosaic_gpu':
+    value, scale, *turned = quantize_gpu.both_ways(x_MK, blocks)
+    return Quantized(value, scale), Quantized(*turned)
+  return quantize(x_MK, ROWS, power_of_two=True), _turned(x_MK, blocks)
+
+
+def _turned(x_MK, blocks):
+  row_BT = blocks.row_B[:, None] + jnp.arange(BLOCK)
+  used_BT = jnp.arange(BLOCK) < blocks.rows_B[:, None]
+  rows_BTK = jnp.where(used_BT[..., None], x_MK.at[row_BT].get(mode='clip'), 0)
+  value, scale = quantize(rows_BTK.reshape(-1, x_MK.shape[1]), COLUMNS, power_of_two=True)
+  return Quantized(value.T, scale)
+
+
+def product_of_turned(x: Quantized, dy: Quantized, blocks: Blocks, backend: str, dtype) -> jax.Array:
+  """dw [e, D, F] in `dtype`: x dy^T over each expert's blocks, of operands that `turn` made."""
+  if backend == 'mosaic_gpu':
+    return mosaic_gpu_fp8.rows_by_rows(*x, *dy, blocks.first_e, blocks.count_e, dtype)
+  x_MD, dy_MF = (dequantize(Quantized(a.value.T, a.scale), COLUMNS) for a in (x, dy))
+  return _weight_gradient(x_MD, dy_MF, blocks.count_e * BLOCK, backend, jnp.float32).astype(dtype)
 
 
 def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) -> jax.Array:

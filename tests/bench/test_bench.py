@@ -27,7 +27,9 @@ def test_gemm_rows():
 
 def test_fp8_rows():
   found = fp8.measure(GEMM_SHAPE, 'blocked', 1, 1)
-  assert [row['name'] for row in found] == ['fp8 blocked', 'quantize rows', 'quantize matrices']
+  assert [row['name'] for row in found] == [
+    'fp8 blocked', 'fp8 blocked dw', 'quantize rows', 'quantize rows both ways', 'turn rows', 'quantize matrices',
+  ]  # fmt: skip
 
 
 def test_layer_rows(monkeypatch):
