@@ -7,10 +7,13 @@ character.
 
 import io
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
@@ -39,7 +42,7 @@ def loss(run: 'Run') -> Figure | None:
   if not len(steps):
     return None
   scale = _bits_per_byte(run)
-  figure, axes = _panel('bits per byte' if scale else 'nats per token', HEIGHT_IN * 1.15)
+  figure, axes = panel('bits per byte' if scale else 'nats per token', HEIGHT_IN * 1.15)
   curve(axes, steps, nats * (scale or 1), BLUE, 'training')
   key = 'val_bits_per_byte' if scale else 'val_loss'
   points = [(row['step'], row[key]) for row in run.evals if _finite(row.get(key))]
@@ -52,7 +55,7 @@ def loss(run: 'Run') -> Figure | None:
   if scale:
     right = axes.secondary_yaxis('right', functions=(lambda bits: bits / scale, lambda nats: nats * scale))
     right.set_ylabel('nats per token')
-  _legend_above(figure, axes)
+  legend_above(figure, axes)
   return figure
 
 
@@ -60,11 +63,11 @@ def max_vio(run: 'Run') -> Figure | None:
   """MaxVio of each layer's training batches, with the expected MaxVio of random balanced routing (dashed)."""
   if not run.load_history:
     return None
-  history = _thin(run.load_history)
+  history = thin(run.load_history)
   steps = [row['step'] for row in history]
   vio_NL = np.array([metrics.max_vio(row['load_LE']) for row in history])
   vio_NL[vio_NL <= 0] = np.nan  # perfectly equal loads have no place on a log axis
-  figure, axes = _panel('MaxVio', HEIGHT_IN * 1.15)
+  figure, axes = panel('MaxVio', HEIGHT_IN * 1.15)
   names = run.layer_names
   moe_layers = len(names) - run.setting('model.mtp_depth')
   color_of = LAYER_COLORS.resampled(max(moe_layers, 2))
@@ -79,10 +82,10 @@ def max_vio(run: 'Run') -> Figure | None:
     axes.axhline(floor, color='black', linestyle='--', linewidth=1.3, label='random balanced routing', zorder=4)
   if np.isfinite(vio_NL).any():
     axes.set_yscale('log')
-    _plain_log_ticks(axes)
+    plain_log_ticks(axes.yaxis)
   if not few:
     _layer_colorbar(figure, axes, run, moe_layers)
-  _legend_above(figure, axes)
+  legend_above(figure, axes)
   return figure
 
 
@@ -101,7 +104,7 @@ def drop_rate(run: 'Run') -> Figure | None:
   steps, rates = run.series('drop_rate')
   if not rates.any():
     return None
-  figure, axes = _panel('dropped token copies')
+  figure, axes = panel('dropped token copies')
   curve(axes, steps, rates, ORANGE)
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
   axes.set_ylim(bottom=0)
@@ -113,13 +116,13 @@ def throughput(run: 'Run') -> Figure | None:
   steps, rates = run.series('tokens_per_s')
   if not len(steps):
     return None
-  figure, axes = _panel('tokens / s')
+  figure, axes = panel('tokens / s')
   curve(axes, steps, rates, GREEN, smooth=False)
   median = float(np.median(rates))
   axes.axhline(median, color=GREY, linestyle='--', linewidth=1.2, label=f'median {median:,.0f}')
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
   axes.set_ylim(0, max(1.05 * np.percentile(rates, 99.5), 1.2 * median))
-  _legend_above(figure, axes)
+  legend_above(figure, axes)
   return figure
 
 
@@ -153,8 +156,8 @@ def _bias_range(run):
   (low_steps, low), (high_steps, high) = run.series('bias_min'), run.series('bias_max')
   if not len(low) or not np.array_equal(low_steps, high_steps):
     return None
-  figure, axes = _panel('bias')
-  steps, low, high = _thin(low_steps), _thin(low), _thin(high)
+  figure, axes = panel('bias')
+  steps, low, high = thin(low_steps), thin(low), thin(high)
   axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
   for edge in (low, high):
     axes.plot(steps, edge, marker='o' if len(steps) < 3 else None, color=BLUE, linewidth=1.4)
@@ -166,7 +169,7 @@ def _healthcurve(run, key, color):
   steps, values = run.series(key)
   if not len(steps):
     return None
-  figure, axes = _panel(key.replace('_', ' '))
+  figure, axes = panel(key.replace('_', ' '))
   curve(axes, steps, values, color, smooth=key != 'learning_rate')
   axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 4), useMathText=True)
   return figure
@@ -174,7 +177,7 @@ def _healthcurve(run, key, color):
 
 def _heat_map(names, load_LE):
   rows, num_experts = load_LE.shape
-  figure, axes = _panel(None, min(max(1.5 + 0.19 * rows, 2.2), 4.6))
+  figure, axes = panel(None, min(max(1.5 + 0.19 * rows, 2.2), 4.6))
   mean_L = load_LE.mean(-1, keepdims=True)
   share_LE = load_LE / np.where(mean_L > 0, mean_L, 1)
   image = axes.imshow(
@@ -202,8 +205,9 @@ def _layer_colorbar(figure, axes, run, moe_layers):
   bar.set_label('layer')
 
 
-def _panel(ylabel, height_in=HEIGHT_IN):
-  figure = Figure(figsize=(WIDTH_IN, height_in), layout='constrained')
+def panel(ylabel: str | None, height_in: float = HEIGHT_IN, width_in: float = WIDTH_IN) -> tuple[Figure, Axes]:
+  """A figure with one pair of axes over the step."""
+  figure = Figure(figsize=(width_in, height_in), layout='constrained')
   axes = figure.add_subplot()
   axes.spines[['top', 'right']].set_visible(False)
   axes.grid(color='#d0d7de', linewidth=0.6)
@@ -220,13 +224,13 @@ def curve(axes, steps, values, color, label=None, smooth=True):
   if len(steps) < 3:
     axes.plot(steps, values, 'o', color=color, label=label)
   elif smooth:
-    axes.plot(_thin(steps), _thin(values), color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(_thin(steps), _thin(_running_mean(values)), color=color, linewidth=1.8, label=label)
+    axes.plot(thin(steps), thin(values), color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(thin(steps), thin(running_mean(values)), color=color, linewidth=1.8, label=label)
   else:
-    axes.plot(_thin(steps), _thin(values), color=color, linewidth=1.2, label=label)
+    axes.plot(thin(steps), thin(values), color=color, linewidth=1.2, label=label)
 
 
-def _running_mean(values):
+def running_mean(values: np.ndarray) -> np.ndarray:
   """Centred mean over 2% of the values on each side; the window shrinks at both ends, so that it stays centred."""
   index = np.arange(len(values))
   half = np.minimum(np.minimum(index, index[::-1]), math.ceil(0.02 * len(values)))
@@ -234,13 +238,14 @@ def _running_mean(values):
   return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
-def _thin(values):
+def thin(values: Sequence) -> Sequence:
   """Every n-th value so that at most MAX_POINTS remain, the last one included."""
   every = math.ceil(len(values) / MAX_POINTS)
   return values[(len(values) - 1) % every :: every]
 
 
-def _legend_above(figure, axes):
+def legend_above(figure: Figure, axes: Axes) -> None:
+  """A legend on top of the figure, outside the axes; none without labels."""
   handles, labels = axes.get_legend_handles_labels()
   if not handles:
     return
@@ -250,12 +255,12 @@ def _legend_above(figure, axes):
     line.set(alpha=1, linewidth=1.8)
 
 
-def _plain_log_ticks(axes):
+def plain_log_ticks(axis: Axis) -> None:
   """0.05, 0.1, 0.2 ... instead of powers of ten; evenly spaced values where the axis spans little."""
-  low, high = axes.get_ylim()
-  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12) if high / low > 8 else MaxNLocator(6))
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-  axes.yaxis.set_minor_locator(NullLocator())
+  low, high = axis.get_view_interval()
+  axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12) if high / low > 8 else MaxNLocator(6))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+  axis.set_minor_locator(NullLocator())
 
 
 def _finite(value):

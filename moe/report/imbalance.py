@@ -1,0 +1,66 @@
+"""What imbalance costs: a model of the step time on a mesh that spreads the experts over devices, from recorded loads.
+
+Every device waits for the slowest one in each layer. With experts in contiguous runs over N devices, and tokens split
+evenly between them, a step takes
+
+    (all other FLOPs) / (N * rate) + sum over layers of max over devices (copies) * (seconds per copy)
+
+where a copy, one token at one of its K experts, costs 18 D F FLOPs forward and backward (three matrices) and its way
+to the device twice, 4 D bytes in bf16: its row forward, and the gradient of its output backward. Left out: overlap of
+computing and sending, the latency of an exchange, and the efficiency of small groups.
+"""
+
+import math
+
+import numpy as np
+
+from moe.balance.metrics import device_imbalance
+from moe.report.run import TAIL_FRACTION, Run
+
+FLOPS_PER_S = 350e12  # of one device: what a bf16 step of configs/h200.py reaches on an H200
+LINK_BYTES_PER_S = 450e9  # into one device: NVLink of an H200, one direction
+
+
+def device_counts(num_experts: int) -> list[int]:
+  """The three largest powers of two, from 2 on, that divide the experts; fewer if there are not so many."""
+  powers = [2**i for i in range(1, num_experts.bit_length()) if num_experts % 2**i == 0]
+  return powers[-3:]
+
+
+def relative_throughput(run: Run, devices: int) -> float | None:
+  """Modelled tokens/s with the loads of the run's last 10% of logged steps / tokens/s with perfectly even loads.
+
+  Args:
+    run: with load_history.jsonl, and model_tflop_per_s in its rows; else the result is None.
+    devices: N, divides the number of experts.
+
+  Returns:
+    In (0, 1]; 1 is perfect balance.
+  """
+  (_, tflop_per_s), (_, tokens_per_s) = run.series('model_tflop_per_s'), run.series('tokens_per_s')
+  if not run.load_history or not len(tflop_per_s):
+    return None
+  flops_per_token = 1e12 * float(np.median(tflop_per_s)) / float(np.median(tokens_per_s))
+  tail = run.load_history[-math.ceil(TAIL_FRACTION * len(run.load_history)) :]
+  settings = [run.setting(f'model.{key}') for key in ('d_model', 'd_expert', 'top_k')]
+  times = [step_s(row['load_LE'], devices, flops_per_token, *settings) for row in tail]
+  real_s, even_s = np.sum(times, 0)
+  return float(even_s / real_s)
+
+
+def step_s(
+  load_LE: np.ndarray, devices: int, flops_per_token: float, d_model: int, d_expert: int, top_k: int
+) -> tuple[float, float]:
+  """Modelled seconds of one step with these loads, and with the same number of copies spread evenly.
+
+  Args:
+    load_LE: copies of the whole batch per layer and expert.
+    flops_per_token: of the whole model, forward and backward, matrix products alone.
+  """
+  copies_L = load_LE.sum(-1)
+  expert_flops, expert_bytes = 18 * d_model * d_expert, 4 * d_model * (devices - 1) / devices
+  copy_s = expert_flops / FLOPS_PER_S + expert_bytes / LINK_BYTES_PER_S
+  other_flops = flops_per_token * copies_L.max() / top_k - expert_flops * copies_L.sum()
+  other_s = max(other_flops, 0.0) / devices / FLOPS_PER_S
+  even_L = copies_L / devices * copy_s
+  return other_s + float((even_L * device_imbalance(load_LE, devices)).sum()), other_s + float(even_L.sum())

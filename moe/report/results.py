@@ -1,0 +1,168 @@
+"""What has been run of a sweep: runs and their values, spreads over seeds, differences, and whether it was fair."""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.errors import UserError
+from moe.report import imbalance
+from moe.report.paired import Difference, difference, holm
+from moe.report.run import Run, load_run, summarize
+from moe.sweep import jobs, manifest
+
+# Key of summary.json, what people call it, and whether more is better (None: neither).
+METRICS = (
+  ('val_loss', 'validation loss', False),
+  ('val_perplexity', 'perplexity', False),
+  ('val_bits_per_byte', 'bits/byte', False),
+  ('max_vio_global', 'MaxVio_global', False),
+  ('max_vio_batch', 'MaxVio_batch', False),
+  ('cv_global', 'CV', False),
+  ('load_entropy_global', 'load entropy', True),
+  ('drop_rate', 'drop rate', False),
+  ('tokens_per_s', 'tokens/s', None),
+)
+SAME_LOSS = 1e-4  # relative: two programs with the same weights and text round differently
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One run of the sweep that has logged something; `values` has METRICS and 'throughput_N' for each N of devices."""
+
+  variant: str
+  seed: int
+  run: Run
+  finished: bool
+  values: dict[str, float | None]
+
+
+class Spread(NamedTuple):
+  """Mean and sample standard deviation over seeds; the deviation is None for one seed."""
+
+  mean: float
+  std: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """A sweep and what has been run of it."""
+
+  path: pathlib.Path
+  sweep: manifest.Sweep
+  members: list[Member]
+  missing: list[tuple[str, str]]  # (folder, why) of every run that is not finished
+  devices: list[int]  # sizes of the modelled meshes
+
+  @property
+  def variants(self) -> list[str]:
+    """Names of the variants of which some run has logged something, in the order of declaration."""
+    present = {member.variant for member in self.members}
+    return [variant.name for variant in self.sweep.variants if variant.name in present]
+
+  @property
+  def baseline(self) -> str:
+    """The variant that the others are compared with: the first declared."""
+    return self.sweep.variants[0].name
+
+  def of(self, variant: str, finished: bool = True) -> list[Member]:
+    """Runs of a variant by seed, the unfinished ones only if `finished` is False."""
+    return [m for m in self.members if m.variant == variant and (m.finished or not finished)]
+
+  def spread(self, variant: str, key: str) -> Spread | None:
+    """Of a value over the finished runs of a variant that have it; None if none has."""
+    values = [m.values[key] for m in self.of(variant) if m.values[key] is not None]
+    if not values:
+      return None
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+  def against_baseline(self, key: str) -> dict[str, Difference | None]:
+    """For every other variant, its paired difference to the baseline over common finished seeds (p after Holm)."""
+    base = {m.seed: m.values[key] for m in self.of(self.baseline) if m.values[key] is not None}
+    found = {}
+    for variant in self.variants:
+      if variant != self.baseline:
+        pairs = [
+          (base[m.seed], m.values[key]) for m in self.of(variant) if m.seed in base and m.values[key] is not None
+        ]
+        found[variant] = difference([a for a, _ in pairs], [b for _, b in pairs])
+    adjusted = holm([d.p if d else None for d in found.values()])
+    return {name: d and d._replace(p=p) for (name, d), p in zip(found.items(), adjusted, strict=True)}
+
+
+def load_results(path: pathlib.Path) -> Results:
+  """Reads a results folder, also of a sweep that is still going.
+
+  Raises:
+    UserError: no results folder of a sweep of this version, or none of its runs has logged anything yet.
+  """
+  sweep = manifest.read(path)
+  members, missing = [], []
+  devices = imbalance.device_counts(sweep.base.model.num_experts)
+  for planned in sweep.runs:
+    folder = path / planned.folder
+    if not jobs.steps_done(folder):
+      missing.append((planned.folder, jobs.last_words(folder) or 'not started'))
+      continue
+    run = load_run(folder)
+    summary = summarize(run)
+    if not summary['finished']:
+      words = jobs.last_words(folder)
+      reached = f'step {summary["steps"]} of {planned.config.train.steps}'
+      missing.append((planned.folder, f'{reached}; {words}' if words.startswith('error: ') else reached))
+    values = {key: summary[key] for key, _, _ in METRICS}
+    values |= {f'throughput_{n}': imbalance.relative_throughput(run, n) for n in devices if _splits(run, n)}
+    values = {f'throughput_{n}': None for n in devices} | values
+    members.append(Member(planned.variant, planned.seed, run, summary['finished'], values))
+  if not members:
+    raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step yet')
+  return Results(path, sweep, members, missing, devices)
+
+
+def metric_names(results: Results) -> list[tuple[str, str, bool | None]]:
+  """METRICS, and the modelled throughput of each mesh."""
+  return [*METRICS, *((f'throughput_{n}', f'speed on {n}', True) for n in results.devices)]
+
+
+def unfair(results: Results) -> list[str]:
+  """What was not the same in all runs though it should have been; empty if the comparison is fair.
+
+  All finished runs must have seen the same text and as many tokens, and been evaluated on as many. Of runs with the
+  same seed whose variants differ in balancing only, the first loss must agree: same weights, same batch.
+  """
+  problems = []
+  done = [member for member in results.members if member.finished]
+  for what, value_of in (
+    ('text', lambda m: m.run.data.get('digest')),
+    ('training tokens', lambda m: m.run.rows[-1].get('tokens')),
+    ('validation tokens', lambda m: m.run.evals[-1].get('val_tokens')),
+  ):
+    values = {value_of(member) for member in done}
+    if len(values) > 1 and (what != 'training tokens' or not _equal_by_seed(done, value_of)):
+      problems.append(f'not all runs had the same {what}: {", ".join(sorted(map(str, values)))}')
+  for seed in results.sweep.seeds:
+    first = {m.variant: m.run.rows[0]['loss'] for m in results.members if m.seed == seed and _balance_only(results, m)}
+    if first and max(first.values()) - min(first.values()) > SAME_LOSS * max(first.values()):
+      spread = ', '.join(f'{name} {loss:.6f}' for name, loss in first.items())
+      problems.append(f'the first losses of seed {seed} differ: {spread}')
+  return problems
+
+
+def _equal_by_seed(members, value_of):
+  """Documents end in other places with another seed, so that slightly other numbers of tokens are predicted."""
+  by_seed = {}
+  for member in members:
+    by_seed.setdefault(member.seed, set()).add(value_of(member))
+  return all(len(values) == 1 for values in by_seed.values())
+
+
+def _balance_only(results, member):
+  """Whether a run differs from the base in balancing only, and logged its first step."""
+  overrides = next(v.overrides for v in results.sweep.variants if v.name == member.variant)
+  plain = overrides.get('balance.bias_rule') != 'multiplicative'  # whose bias starts at 1
+  return plain and member.run.rows[0]['step'] == 1 and all(key.startswith('balance.') for key in overrides)
+
+
+def _splits(run, devices):
+  return run.setting('model.num_experts') % devices == 0

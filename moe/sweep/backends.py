@@ -1,0 +1,145 @@
+"""Where the runs of a sweep go: processes of this machine, or the nodes of a Ray cluster.
+
+A backend has `submit(job)`, a future; `result(future, job)` once that is done; `stop()`, after which all running jobs
+save and end; and `close()`.
+"""
+
+import concurrent.futures
+import os
+import queue
+import socket
+import threading
+
+from moe.errors import UserError
+from moe.sweep.jobs import POLL_S, ROOT, Job, Result, run_job
+
+CONNECT_S = 5.0
+
+
+class Local:
+  """Processes of this machine; with `gpus_per_run`, each sees that many GPUs, which no other run sees meanwhile."""
+
+  def __init__(self, limit: int, gpus_per_run: int = 0):
+    """At most `limit` processes. Raises UserError if CUDA_VISIBLE_DEVICES names too few GPUs for them."""
+    self._pool = concurrent.futures.ThreadPoolExecutor(limit)
+    self._stop = threading.Event()
+    self._slots = queue.SimpleQueue()
+    for slot in _slots(limit, gpus_per_run):
+      self._slots.put(slot)
+
+  def submit(self, job: Job) -> concurrent.futures.Future:
+    return self._pool.submit(self._run, job)
+
+  def result(self, future: concurrent.futures.Future, job: Job) -> Result:
+    try:
+      return future.result()
+    except UserError as error:
+      return Result(job.name, 'failed', str(error))
+
+  def stop(self) -> None:
+    self._stop.set()
+
+  def close(self) -> None:
+    self._stop.set()  # nothing runs any more, unless an exception ended the sweep
+    self._pool.shutdown()
+
+  def _run(self, job):
+    slot = self._slots.get()
+    try:
+      return run_job(job, os.environ | slot, self._stop)
+    finally:
+      self._slots.put(slot)
+
+
+def _slots(limit, gpus_per_run):
+  """One set of environment variables per process that may run at the same time."""
+  if not gpus_per_run:
+    return [{}] * limit
+  wanted = limit * gpus_per_run
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  gpus = visible.split(',') if visible else [str(number) for number in range(wanted)]
+  if len(gpus) < wanted:
+    raise UserError(f'{limit} jobs of {gpus_per_run} GPUs need {wanted}, CUDA_VISIBLE_DEVICES = {visible} has fewer')
+  return [
+    {'CUDA_VISIBLE_DEVICES': ','.join(gpus[first : first + gpus_per_run])} for first in range(0, wanted, gpus_per_run)
+  ]
+
+
+class Ray:
+  """Tasks of a Ray cluster whose nodes share the results folder and this checkout, both under the same paths."""
+
+  def __init__(self, address: str = '', cpus_per_run: int = 1, gpus_per_run: int = 0):
+    """Joins the cluster at `address`, or a running one, or starts one on this machine.
+
+    Raises:
+      UserError: Ray is not installed, or nothing answers at the address.
+    """
+    try:
+      import ray
+    except ModuleNotFoundError as error:
+      raise UserError("--backend=ray needs Ray, which is not installed: pip install -e '.[ray]'") from error
+    _check_reachable(address)
+    try:
+      ray.init(
+        address=address or None,
+        log_to_driver=False,
+        logging_level='error',
+        runtime_env={'env_vars': {'PYTHONPATH': str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}},
+      )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+      hint = 'a cluster with tokens wants RAY_AUTH_MODE=token here'
+      raise UserError(f'no Ray cluster at {address or "auto"!r}: {error}; {hint}') from error
+    self._ray = ray
+    self._task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)(_ray_task)
+    self._references = {}
+
+  def submit(self, job: Job) -> concurrent.futures.Future:
+    reference = self._task.remote(job)
+    future = reference.future()
+    self._references[future] = reference
+    return future
+
+  def result(self, future: concurrent.futures.Future, job: Job) -> Result:
+    del self._references[future]
+    try:
+      return future.result()
+    except UserError as error:
+      return Result(job.name, 'failed', str(error))
+    except self._ray.exceptions.TaskCancelledError:
+      return Result(job.name, 'stopped', 'the same command continues')
+    except self._ray.exceptions.RayError as error:
+      return Result(job.name, 'failed', ' '.join(str(error).split()))
+
+  def stop(self) -> None:
+    for reference in self._references.values():
+      self._ray.cancel(reference)
+
+  def close(self) -> None:
+    self._ray.shutdown()
+
+
+def _ray_task(job: Job) -> Result:
+  """A job on a node; cancelling it raises KeyboardInterrupt here, and the run saves."""
+  stop = threading.Event()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    future = pool.submit(run_job, job, dict(os.environ), stop)
+    while True:
+      try:
+        return future.result(POLL_S)  # awake often: Ray's interrupt does not wake a sleeping thread
+      except concurrent.futures.TimeoutError:
+        continue
+      except KeyboardInterrupt:
+        stop.set()
+
+
+def _check_reachable(address: str):
+  """Raises UserError at once where Ray itself would try for a minute."""
+  host, colon, port = address.removeprefix('ray://').rpartition(':')
+  if not address or address in ('auto', 'local'):
+    return
+  if not colon or not port.isdigit():
+    raise UserError(f"--ray_address = {address!r} must look like host:6379, ray://host:10001, 'auto' or 'local'")
+  try:
+    socket.create_connection((host, int(port)), CONNECT_S).close()
+  except (OSError, OverflowError) as error:
+    raise UserError(f'no Ray cluster answers at --ray_address = {address!r} ({error})') from error

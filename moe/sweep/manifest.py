@@ -1,0 +1,140 @@
+"""sweep.json: which sweep a results folder belongs to, which runs it has, and whether a command may go on with it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import moe
+from moe.config import Config, from_config_dict
+from moe.errors import UserError
+from moe.files import write_atomically
+from moe.sweep.variants import Variant, check_names, flatten, overlay
+
+FILE = 'sweep.json'
+SEED = 'train.seed'
+FREE = ('data.cache_dir',)  # settings that do not change a result
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Variants times seeds over one base config. The report compares every variant with the first."""
+
+  name: str
+  scale: str
+  base: Config
+  variants: tuple[Variant, ...]
+  seeds: tuple[int, ...]
+
+  @property
+  def runs(self) -> list['RunOf']:
+    """All runs, seed by seed, so that a sweep cut short has compared every variant on the seeds it got to."""
+    return [
+      RunOf(variant.name, seed, overlay(self.base, {**variant.overrides, SEED: seed}))
+      for seed in self.seeds
+      for variant in self.variants
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOf:
+  """One run of a sweep."""
+
+  variant: str
+  seed: int
+  config: Config
+
+  @property
+  def folder(self) -> str:
+    return f'{self.variant},seed={self.seed}'
+
+
+def make(name: str, scale: str, base: Config, variants: Sequence[Variant], seeds: Sequence[int]) -> Sweep:
+  """A checked sweep.
+
+  Raises:
+    UserError: no variants or seeds, names that are taken twice, a seed within a variant, or a variant that cannot run.
+  """
+  check_names(variants)
+  if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+    raise UserError(f'seeds {list(seeds)} must be one or more different integers, 0 or above')
+  for variant in variants:
+    if SEED in variant.overrides:
+      raise UserError(f'variant {variant.name!r} sets {SEED}; seeds are an axis of their own, --seeds=0,1,2')
+    try:
+      overlay(base, variant.overrides)
+    except UserError as error:
+      raise UserError(f'variant {variant.name!r}: {error}') from error
+  return Sweep(name, scale, base, tuple(variants), tuple(seeds))
+
+
+def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
+  """Writes sweep.json, or checks that `sweep` may go on in this folder; new variants and seeds are added.
+
+  Returns:
+    The sweep with the variants and seeds that the folder has had so far in front.
+
+  Raises:
+    UserError: the folder holds something else, another sweep, one of another version or with other settings.
+  """
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'workdir {folder} is a file; choose a folder')
+  if (folder / FILE).exists():
+    sweep = _merge(folder, read(folder), sweep)
+  elif folder.exists() and any(folder.iterdir()):
+    raise UserError(f'workdir {folder} holds files but no {FILE}, so it is not of a sweep; choose another --workdir')
+  description = {
+    'version': moe.__version__,
+    'sweep': sweep.name,
+    'scale': sweep.scale,
+    'seeds': sweep.seeds,
+    'variants': {variant.name: variant.overrides for variant in sweep.variants},
+    'base': dataclasses.asdict(sweep.base),
+  }
+  write_atomically(folder / FILE, json.dumps(description, indent=2) + '\n')
+  return sweep
+
+
+def read(folder: pathlib.Path) -> Sweep:
+  """The sweep of a results folder. Raises UserError: no folder of a sweep, damaged, or of another version."""
+  file = folder / FILE
+  try:
+    found: dict[str, Any] = json.loads(file.read_text('utf-8'))
+    version = found['version']
+  except OSError as error:
+    raise UserError(f'{folder} is no results folder of a sweep: cannot read {FILE} ({error.strerror})') from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{file} is damaged or not of a sweep: {error!r}; choose another --workdir') from error
+  if version != moe.__version__:
+    raise UserError(f'{folder} was swept by version {version}, this is {moe.__version__}; choose another --workdir')
+  try:
+    base = from_config_dict(found['base'])
+    variants = [Variant(name, overrides) for name, overrides in found['variants'].items()]
+    return make(found['sweep'], found['scale'], base, variants, found['seeds'])
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{file} is damaged: {error!r}; choose another --workdir') from error
+
+
+def _merge(folder: pathlib.Path, old: Sweep, new: Sweep) -> Sweep:
+  if (old.name, old.scale) != (new.name, new.scale):
+    raise UserError(
+      f'{folder} holds the sweep {old.name!r} at scale {old.scale!r}, not {new.name!r} at {new.scale!r}; '
+      'choose another --workdir'
+    )
+  _check_equal(folder, flatten(old.base), flatten(new.base), '')
+  before = {variant.name: variant for variant in old.variants}
+  for variant in new.variants:
+    if variant.name in before:
+      _check_equal(folder, before[variant.name].overrides, variant.overrides, f'in variant {variant.name!r} ')
+  added = [variant for variant in new.variants if variant.name not in before]
+  seeds = dict.fromkeys((*old.seeds, *new.seeds))
+  return dataclasses.replace(new, variants=(*old.variants, *added), seeds=tuple(seeds))
+
+
+def _check_equal(folder, old, new, where):
+  for key in sorted(old.keys() | new.keys()):
+    if key not in FREE and old.get(key) != new.get(key):
+      raise UserError(
+        f'{folder} was swept with {where}{key} = {old.get(key)!r}, not {new.get(key)!r}; choose another --workdir'
+      )

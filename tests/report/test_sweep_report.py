@@ -1,0 +1,245 @@
+"""Reports of sweeps, from results folders made by formulas."""
+
+import csv
+import json
+import math
+import pathlib
+import re
+import shutil
+
+import fake_sweep
+import numpy as np
+import pytest
+from scipy import stats
+
+from moe.balance import metrics
+from moe.errors import UserError
+from moe.report import imbalance, paired, sweep_figures, sweep_html
+from moe.report.document import image
+from moe.report.results import Spread, load_results, unfair
+from moe.report.run import load_run
+from moe.report.sweep import write_sweep_report
+from moe.sweep import manifest
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """4 variants x 3 seeds, all finished; not to be changed."""
+  path = tmp_path_factory.mktemp('sweep') / 'whole'
+  fake_sweep.make(path)
+  return path
+
+
+@pytest.fixture
+def sweep(whole, tmp_path):
+  """A copy that a test may change."""
+  return pathlib.Path(shutil.copytree(whole, tmp_path / 'copy'))
+
+
+def rows(path):
+  with path.open() as file:
+    return list(csv.DictReader(file))
+
+
+def last_eval(path, variant, seed):
+  return json.loads((path / f'{variant},seed={seed}' / 'evals.jsonl').read_text().splitlines()[-1])
+
+
+def test_table_is_mean_and_spread_over_seeds(whole):
+  text = write_sweep_report(whole)
+  table = {row['variant']: row for row in rows(whole / 'table.csv')}
+  assert list(table) == list(fake_sweep.VARIANTS)
+  for variant, row in table.items():
+    evals = [last_eval(whole, variant, seed) for seed in range(3)]
+    nats = [row['val_loss'] for row in evals]
+    vio = []
+    for result in evals:
+      load_LE = np.array(result['load_LE'], float)
+      vio.append(np.mean([layer.max() / layer.mean() - 1 for layer in load_LE]))
+    for key, values in (('val_loss', nats), ('max_vio_global', vio)):
+      assert float(row[f'{key}_mean']) == pytest.approx(sum(values) / 3, rel=1e-12)
+      deviation = math.sqrt(sum((value - sum(values) / 3) ** 2 for value in values) / 2)
+      assert float(row[f'{key}_std']) == pytest.approx(deviation, rel=1e-9)
+    assert row['finished_seeds'] == '3'
+    assert variant in text
+  runs = rows(whole / 'runs.csv')
+  assert len(runs) == 12
+  assert {(run['variant'], run['seed'], run['finished']) for run in runs} >= {('none', '2', 'True')}
+
+
+def test_differences_are_paired_over_seeds(whole):
+  found = load_results(whole).against_baseline('val_loss')
+  p_values = []
+  for variant, gap in found.items():
+    base, other = ([last_eval(whole, name, seed)['val_loss'] for seed in range(3)] for name in ('sign', variant))
+    expected = stats.ttest_rel(other, base)
+    low, high = expected.confidence_interval(0.95)
+    assert (gap.seeds, gap.mean) == (3, pytest.approx(np.mean(other) - np.mean(base)))
+    assert (gap.low, gap.high) == (pytest.approx(low), pytest.approx(high))
+    p_values.append(expected.pvalue)
+  smallest = min(p_values)
+  assert min(gap.p for gap in found.values()) == pytest.approx(3 * smallest)  # Holm: the smallest of three
+
+
+def test_paired_by_hand():
+  gap = paired.difference([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])  # differences 1, 2, 3
+  assert gap.mean == 2
+  half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom at 97.5%
+  assert (gap.low, gap.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
+  t = 2 * math.sqrt(3)
+  assert gap.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # closed form for 2 degrees of freedom
+  assert paired.difference([1.0], [1.5]) == (1, 0.5, None, None, None)
+  assert paired.difference([], []) is None
+  assert paired.difference([1.0, 2.0], [1.0, 2.0]).p == 1
+  assert paired.difference([1.0, 2.0], [2.0, 3.0]) == (2, 1, 1, 1, 0)
+
+
+def test_holm_by_hand():
+  # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to the one before), 0.9 * 1.
+  assert paired.holm([0.03, None, 0.01, 0.9, 0.02]) == pytest.approx([0.06, None, 0.04, 0.9, 0.06])
+  assert paired.holm([0.7, 0.6]) == [1, 1]
+
+
+def test_step_time_by_hand(monkeypatch):
+  monkeypatch.setattr(imbalance, 'FLOPS_PER_S', 1000.0)
+  monkeypatch.setattr(imbalance, 'LINK_BYTES_PER_S', 10.0)
+  load_LE = np.array([[30, 10, 20, 20], [20, 20, 20, 20]])
+  # D 5, F 2, K 2: 40 tokens. A copy: 180 FLOPs, 0.18 s; 4 * 5 * 1/2 = 10 bytes, 1 s.
+  real_s, even_s = imbalance.step_s(load_LE, 2, 5000.0, 5, 2, 2)
+  other_s = (40 * 5000 - 160 * 180) / 2 / 1000
+  assert even_s == pytest.approx(other_s + 80 * 1.18)
+  assert real_s == pytest.approx(other_s + 80 * 1.18)  # two devices have 40 copies each
+  real_s, _ = imbalance.step_s(load_LE, 4, 5000.0, 5, 2, 2)
+  assert real_s == pytest.approx(other_s / 2 + (30 + 20) * (0.18 + 1.5))
+
+
+def test_throughput_falls_with_imbalance_and_devices(whole):
+  even, skewed = (load_run(whole / f'{name},seed=0') for name in ('sign', 'none'))
+  assert imbalance.device_counts(16) == [4, 8, 16]
+  assert imbalance.device_counts(64) == [16, 32, 64]
+  assert imbalance.device_counts(6) == [2]
+  assert imbalance.device_counts(7) == []
+  for run in (even, skewed):
+    speeds = [imbalance.relative_throughput(run, devices) for devices in (1, 4, 8, 16)]
+    assert speeds[0] == 1
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[3] < 1
+  assert imbalance.relative_throughput(skewed, 16) < imbalance.relative_throughput(even, 16)
+
+
+def test_page_shows_everything_and_is_self_contained(whole):
+  write_sweep_report(whole)
+  page = (whole / 'report.html').read_text()
+  sections = ['Results', 'Quality against balance', 'Against sign', 'What imbalance costs', 'Balance over training']
+  sections += ['Training loss', 'Load by layer and expert', 'Fairness', 'Set-up']
+  assert re.findall('<h2>(.*?)</h2>', page) == sections
+  assert page.count('<img') == 7
+  assert '12 of 12 runs finished' in page
+  assert 'Lowest validation loss: none' in page
+  assert 'Checked: all finished runs had the same text' in page
+  assert not re.search('https?://|<script|(src|href)="(?!data:)|@import', page)
+
+
+@pytest.mark.parametrize(
+  ('spread', 'text'),
+  [
+    ((2.13456, 0.0123), '2.135 ± 0.012'),
+    ((2.13456, None), '2.135'),
+    ((12345.6, 78.9), '12,346 ± 79'),
+    ((2.0, 0.0), '2 ± 0'),
+    ((0.5, 0.25), '0.50 ± 0.25'),
+  ],
+)
+def test_spreads_have_as_many_decimals_as_they_deserve(spread, text):
+  assert sweep_html.spread_text(Spread(*spread)) == text
+
+
+def test_figures_are_the_same_each_time(whole):
+  results = load_results(whole)
+  for figure in (sweep_figures.pareto, sweep_figures.heat_maps, sweep_figures.loss_gap):
+    assert image('x', figure(results)) == image('x', figure(results))
+
+
+def test_pareto_front_by_hand():
+  assert sweep_figures._front([(3, 1), (1, 3), (2, 2), (2.5, 2.5), (4, 1)]) == [(1, 3), (2, 2), (3, 1)]
+
+
+def test_partial_sweep(sweep):
+  """One variant never started, one run in its middle, one failed: the rest is reported."""
+  for seed in range(3):
+    shutil.rmtree(sweep / f'switch_0.01,seed={seed}')
+  cut = sweep / 'none,seed=1'
+  (cut / 'evals.jsonl').unlink()
+  (cut / 'metrics.jsonl').write_text(''.join((cut / 'metrics.jsonl').read_text().splitlines(True)[:20]))
+  failed = sweep / 'switch_0.001,seed=2'
+  shutil.rmtree(failed)
+  failed.mkdir()
+  (failed / 'log.txt').write_text('$ python train.py\nerror: no text\n')
+  write_sweep_report(sweep)
+  results = load_results(sweep)
+  assert results.variants == ['sign', 'none', 'switch_0.001']
+  assert [len(results.of(name)) for name in results.variants] == [3, 2, 2]
+  assert dict(results.missing) == {
+    'none,seed=1': 'step 20 of 40',
+    'switch_0.001,seed=2': 'error: no text',
+    **{f'switch_0.01,seed={seed}': 'not started' for seed in range(3)},
+  }
+  table = {row['variant']: row for row in rows(sweep / 'table.csv')}
+  nats = [last_eval(sweep, 'none', seed)['val_loss'] for seed in (0, 2)]
+  assert float(table['none']['val_loss_mean']) == pytest.approx(np.mean(nats))
+  assert results.against_baseline('val_loss')['none'].seeds == 2
+  page = (sweep / 'report.html').read_text()
+  assert '7 of 12 runs finished' in page
+  assert 'none,seed=1: step 20 of 40' in page
+
+
+def test_one_running_run_is_enough(tmp_path):
+  plan = fake_sweep.make(tmp_path, seeds=(0,))
+  for run in plan.runs:
+    shutil.rmtree(tmp_path / run.folder)
+  fake_sweep.write_run(tmp_path / plan.runs[0].folder, plan.runs[0], 0.0, 0.1, steps=3)
+  assert write_sweep_report(tmp_path).splitlines()[1].split() == ['sign', '0', '–', '–', '–']
+  assert 'No run is finished yet' in (tmp_path / 'report.html').read_text()
+
+
+def test_a_sweep_without_runs_has_no_report(tmp_path):
+  plan = fake_sweep.make(tmp_path, seeds=(0,))
+  for run in plan.runs:
+    shutil.rmtree(tmp_path / run.folder)
+  with pytest.raises(UserError, match='no runs to report: none of its 4 runs has logged a step'):
+    write_sweep_report(tmp_path)
+  (tmp_path / manifest.FILE).unlink()
+  with pytest.raises(UserError, match='is no results folder of a sweep'):
+    write_sweep_report(tmp_path)
+
+
+def change_rows(path, change):
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  fake_sweep.write_jsonl(path, [change(row) for row in lines])
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'problem'),
+  [
+    (lambda run: (run / 'data.json').write_text('{"digest": "other"}'), 'same text: abc, other'),
+    (lambda run: change_rows(run / 'metrics.jsonl', lambda row: row | {'tokens': 5}), 'same training tokens'),
+    (lambda run: change_rows(run / 'evals.jsonl', lambda row: row | {'val_tokens': 9}), 'same validation tokens'),
+    (
+      lambda run: change_rows(run / 'metrics.jsonl', lambda row: row | {'loss': row['loss'] * 1.001}),
+      'the first losses of seed 1 differ',
+    ),
+  ],
+)
+def test_an_unfair_comparison_is_said_so(sweep, spoil, problem):
+  assert unfair(load_results(sweep)) == []
+  spoil(sweep / 'none,seed=1')
+  results = load_results(sweep)
+  assert problem in ' '.join(unfair(results))
+  assert 'NOT FAIR: ' in sweep_html.verdict_on_fairness(results)
+
+
+def test_balance_measures_are_those_of_the_module(whole):
+  member = load_results(whole).of('none')[0]
+  load_LE = np.array(last_eval(whole, 'none', 0)['load_LE'])
+  assert member.values['max_vio_global'] == pytest.approx(metrics.max_vio(load_LE).mean())
+  assert member.values['cv_global'] == pytest.approx((load_LE.std(1) / load_LE.mean(1)).mean())

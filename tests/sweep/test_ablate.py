@@ -1,0 +1,207 @@
+"""experiments/ablate.py from outside: real runs, small enough to take seconds."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = '--xla_backend_optimization_level=0'
+VARIANTS = ('sign', 'none', 'switch_global_0.01')
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('corpus')
+  rng = np.random.default_rng(0)
+  for name in range(12):
+    words = rng.choice(['def ', 'return ', 'x', 'y', ' = ', '(', ')', '\n', 'import '], 400)
+    (folder / f'{name:02}.py').write_text(''.join(words))
+  return folder
+
+
+def command(*arguments):
+  return [sys.executable, str(ROOT / 'experiments/ablate.py'), *map(str, arguments)]
+
+
+def environment():
+  """As on a fresh machine, but with the tests' compilation cache and programs that compile faster than they run."""
+  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'XLA_', 'RAY_'))}
+  cache = str(jax.config.jax_compilation_cache_dir)
+  return keep | {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS}
+
+
+def ablate(*arguments, timeout=300):
+  return subprocess.run(
+    command(*arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+  )
+
+
+def smoke(corpus, workdir):
+  only = f'--only={",".join(VARIANTS)}'
+  return ['--scale=smoke', f'--set=data.paths={corpus}', only, '--jobs=2', f'--workdir={workdir}']
+
+
+def table(workdir):
+  """table.csv without what the clock decides."""
+  lines = (workdir / 'table.csv').read_text().splitlines()
+  names = lines[0].split(',')
+  kept = [i for i, name in enumerate(names) if not name.startswith(('tokens_per_s', 'throughput'))]
+  return [[line.split(',')[i] for i in kept] for line in lines]
+
+
+@pytest.fixture(scope='module')
+def finished(corpus, tmp_path_factory):
+  """A sweep of three variants that nobody disturbed."""
+  workdir = tmp_path_factory.mktemp('sweep') / 'plain'
+  result = ablate(*smoke(corpus, workdir))
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+def test_a_sweep_leaves_everything_behind(finished):
+  for variant, rule in zip(VARIANTS, ('sign', 'none', 'none'), strict=True):
+    folder = finished / f'{variant},seed=0'
+    assert json.loads((folder / 'summary.json').read_text())['bias_rule'] == rule
+    assert 'experiments/train.py' in (folder / 'log.txt').read_text()
+  assert [row[0] for row in table(finished)] == ['variant', *VARIANTS]
+  assert (finished / 'report.html').stat().st_size > 50_000
+
+
+def read(workdir, variant, name):
+  lines = (workdir / f'{variant},seed=0' / f'{name}.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_every_variant_begins_with_the_same_weights_and_batch(finished):
+  """The first forward pass is the same: cross-entropy, loads of every expert, entropy of the gates."""
+  first = {variant: read(finished, variant, 'metrics')[0] for variant in VARIANTS}
+  loads = {variant: read(finished, variant, 'load_history')[0]['load_LE'] for variant in VARIANTS}
+  for variant in VARIANTS[1:]:
+    for key in ('loss', 'gate_entropy'):
+      assert first[variant][key] == pytest.approx(first['sign'][key], rel=1e-6), (variant, key)
+    assert loads[variant] == loads['sign']
+  assert first['switch_global_0.01']['aux_loss'] > 0
+  assert first['sign']['bias_max'] > 0 == first['none']['bias_max']
+
+
+def test_every_variant_sees_as_many_tokens_of_the_same_text(finished):
+  digests = {json.loads((finished / f'{name},seed=0' / 'data.json').read_text())['digest'] for name in VARIANTS}
+  assert len(digests) == 1
+  keys = ('step', 'tokens', 'learning_rate')
+  budget = lambda variant: [[row[key] for key in keys] for row in read(finished, variant, 'metrics')]
+  assert budget(VARIANTS[0]) == budget(VARIANTS[1]) == budget(VARIANTS[2])
+  assert len({read(finished, variant, 'evals')[-1]['val_tokens'] for variant in VARIANTS}) == 1
+
+
+def test_max_vio_of_every_variant_is_of_its_validation_loads(finished):
+  for variant in VARIANTS:
+    result = read(finished, variant, 'evals')[-1]
+    load_LE = np.array(result['load_LE'], float)
+    vio = np.mean([(layer.max() - layer.mean()) / layer.mean() for layer in load_LE])
+    assert result['max_vio_global'] == pytest.approx(vio, rel=1e-12)
+    assert load_LE.sum() > 0
+
+
+def test_kill_9_and_again_gives_the_same_table_and_repeats_no_finished_run(finished, corpus, tmp_path):
+  workdir, variants = tmp_path / 'killed', VARIANTS[:2]
+  arguments = [*smoke(corpus, workdir), f'--only={",".join(variants)}', '--jobs=1']
+  process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+  first, second = (workdir / f'{variant},seed=0' for variant in variants)
+  deadline = time.monotonic() + 200
+  while process.poll() is None and not (second / 'log.txt').exists() and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL, 'the sweep must still have been going'
+  before = (first / 'summary.json').stat().st_mtime_ns
+  result = ablate(*arguments)
+  assert result.returncode == 0, result.stderr
+  assert (first / 'summary.json').stat().st_mtime_ns == before
+  assert (second / 'log.txt').read_text().count('$ ') == 1, 'the run that outlived the sweep went on'
+  assert table(workdir) == table(finished)[:3]
+
+
+def test_a_failing_variant_is_listed_and_the_rest_reported(finished, corpus, tmp_path):
+  definitions = tmp_path / 'sweeps.py'
+  definitions.write_text(
+    'import runpy\n'
+    'from moe.sweep.variants import named\n'
+    f'SCALES = runpy.run_path({str(ROOT / "configs/sweeps/declared.py")!r})["SCALES"]\n'
+    'texts = {"bad": {"data.paths": "/no/such/text"}, "good": {}}\n'
+    'SWEEPS = {"texts": lambda: named(texts)}\n'
+  )
+  workdir = tmp_path / 'runs'
+  arguments = [f'--definitions={definitions}', '--sweep=texts', *smoke(corpus, workdir)[:2], f'--workdir={workdir}']
+  result = ablate(*arguments)
+  assert result.returncode == 1
+  assert "failed: bad,seed=0: error: path '/no/such/text'" in result.stderr
+  assert '1 of 2 runs are not finished; the same command continues' in result.stderr
+  assert table(workdir)[1][:2] == ['good', '1']
+
+
+DEFINITIONS = """
+from moe.config import Config
+from moe.sweep.variants import axis, chain, named, product
+SCALES = {'one': Config}
+SWEEPS = {
+  'empty': lambda: product(axis('train.steps', []), axis('balance.gamma', [0.1])),
+  'twice': lambda: chain(named({'a': {}}), named({'a': {'train.steps': 2}})),
+  'field': lambda: axis('balance.gama', [0.1]),
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--sweep=balanse'], "--sweep = 'balanse' must be one of balance, gamma"),
+    (['--set=balance.gama=1'], "the nearest valid one is 'balance.gamma'"),
+    (['--definitions=FILE', '--scale=one', '--sweep=empty'], 'factor 1 of a product of 2 is empty'),
+    (['--definitions=FILE', '--scale=one', '--sweep=twice'], "two variants are called 'a'"),
+    (['--definitions=FILE', '--scale=one', '--sweep=field'], "the nearest valid one is 'balance.gamma'"),
+    (['--report_only'], 'is no results folder of a sweep'),
+    (['--jobs=-1'], 'must be 0 or above'),
+    (['extra'], "unexpected argument 'extra'"),
+  ],
+)
+def test_bad_command_lines_are_one_line(tmp_path, arguments, message):
+  (tmp_path / 'sweeps.py').write_text(DEFINITIONS)
+  arguments = [argument.replace('FILE', str(tmp_path / 'sweeps.py')) for argument in arguments]
+  result = ablate(*arguments, f'--workdir={tmp_path / "runs"}')
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  assert not (tmp_path / 'runs').exists()
+
+
+def test_the_folder_of_another_sweep_is_refused(finished):
+  result = ablate('--sweep=gamma', '--scale=smoke', f'--workdir={finished}')
+  assert result.returncode == 2
+  assert "holds the sweep 'balance' at scale 'smoke', not 'gamma'" in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- Ray
+
+
+def test_ray_gives_the_same_table(finished, corpus, tmp_path):
+  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
+  result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', '--ray_address=local')
+  assert result.returncode == 0, result.stderr
+  assert table(tmp_path / 'ray') == table(finished)
+
+
+def test_an_unreachable_ray_cluster_is_one_line(corpus, tmp_path):
+  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
+  result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', '--ray_address=127.0.0.1:1')
+  assert result.returncode == 2
+  assert "no Ray cluster answers at --ray_address = '127.0.0.1:1'" in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / 'ray').exists()

@@ -1,0 +1,39 @@
+"""Every notebook runs from top to bottom as it stands, and is kept with its outputs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+NEEDS = "needs the extra of the notebooks: pip install -e '.[notebooks]'"
+nbclient = pytest.importorskip('nbclient', reason=NEEDS)
+nbformat = pytest.importorskip('nbformat', reason=NEEDS)
+pytest.importorskip('ipykernel', reason=NEEDS)
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+
+
+def test_they_are_five():
+  assert [path.stem[:2] for path in NOTEBOOKS] == ['01', '02', '03', '04', '05']
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::PendingDeprecationWarning')
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  for name in [name for name in os.environ if name.startswith('XLA_')]:
+    monkeypatch.delenv(name)
+  notebook = nbformat.read(path, 4)
+  client = nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(path.parent)}})
+  client.execute()  # raises at the first cell that fails
+  assert any(cell.get('outputs') for cell in notebook.cells)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_outputs_are_kept(path):
+  cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == 'code']
+  outputs = [output for cell in cells for output in cell.outputs]
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), 'run from top to bottom'
+  assert outputs
+  assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
