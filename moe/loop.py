@@ -24,8 +24,12 @@ from moe.data.corpus import load_corpus
 from moe.data.tokenizer import cache_dir, load_tokenizer
 from moe.errors import UserError
 from moe.files import write_atomically
+from moe.inference.generate import continuation
+from moe.inference.sampling import Sampling
 from moe.logbook import Logbook
 from moe.report.run import write_report
+
+SAMPLING = Sampling(temperature=0.8)  # of the report's sample
 
 
 def train(config: Config, workdir: str, command: str = '') -> dict | None:
@@ -135,11 +139,15 @@ class Run:
     """Final evaluation, sample and report. Returns the summary, {} on all processes but the first."""
     self._evaluate(0)
     if self.config.train.sample_tokens:
-      logits_step = step.make_logits_step(self.config, self.mesh)
-      text = evaluate.sample(logits_step, self.state, self.tokenizer, self.config, self.mesh)
+      text = self._sample()
       if self.logbook:
         write_atomically(self.path / 'sample.txt', text)
     return write_report(self.path) if self.logbook else {}
+
+  def _sample(self) -> str:
+    train, weights = self.config.train, (self.state.params, self.state.balance['bias_LE'])
+    what = train.sample_prompt, train.sample_tokens, SAMPLING, train.seed
+    return continuation(*weights, self.tokenizer, self.config, self.mesh, *what)
 
   def close(self) -> None:
     """Closes the files and waits for checkpoints on their way."""

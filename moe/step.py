@@ -109,27 +109,6 @@ def make_eval_step(config: Config, mesh):
   return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def make_logits_step(config: Config, mesh):
-  """The jitted (params, bias_LE, token_BS, segment_BS, position) -> float32 logits [V] of row 0 there; dropless."""
-  placements = sharding.place_tree(transformer.abstract_params(config), mesh)
-  stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
-
-  def logits(params, bias_LE, token_BS, segment_BS):
-    model = transformer.build(config, gather_params(params, placements, config), bias_LE)
-    x_BSD = transformer.embed(model, token_BS, segment_BS, config)
-    h_BSD, _ = transformer.stack(model, x_BSD, segment_BS, segment_BS > 0, config, dropless=True)
-    return transformer.head(model, h_BSD, model.scale_out_D[...])
-
-  rows = P(BATCH_AXES)
-  mapped = jax.shard_map(logits, mesh=mesh, in_specs=(stored, P(), rows, rows), out_specs=P(BATCH_AXES, None, 'tensor'))
-
-  def logits_step(params, bias_LE, token_BS, segment_BS, position):
-    with jax.default_matmul_precision(config.precision.matmul):
-      return mapped(params, bias_LE, token_BS, segment_BS)[0, position]
-
-  return jax.jit(logits_step, out_shardings=NamedSharding(mesh, P()))
-
-
 def gather_params(params, placements, config: Config):
   """Stored shards -> the weights this device computes with, cast before they travel; inside shard_map."""
   compute = jnp.dtype(config.precision.compute)

@@ -40,10 +40,20 @@ def softmax_scale(config: ModelConfig) -> float:
   return scale
 
 
+def angles(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+  """float32 cosines and sines of every pair at positions 0..length-1, [S, R/2]; exact, unlike products in float32."""
+  angle_SR = np.arange(length)[:, None] * frequencies(config)
+  return np.cos(angle_SR).astype(np.float32), np.sin(angle_SR).astype(np.float32)
+
+
 def rotate(x_BSHR: jax.Array, config: ModelConfig) -> jax.Array:
   """Turns each pair of the last axis by position * frequency; positions count from 0 along S."""
-  angle_SR = np.arange(x_BSHR.shape[1])[:, None] * frequencies(config)
-  cos, sin = (jnp.asarray(f(angle_SR)[:, None, :], jnp.float32) for f in (np.cos, np.sin))
+  return turn(x_BSHR, *map(jnp.asarray, angles(x_BSHR.shape[1], config)))
+
+
+def turn(x_BSHR: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Turns each pair of the last axis by the angle of its position, in float32. cos, sin: [S, R/2] or [B, S, R/2]."""
+  cos, sin = cos[..., None, :], sin[..., None, :]
   x = x_BSHR.astype(jnp.float32).reshape(*x_BSHR.shape[:-1], -1, 2)
   even, odd = x[..., 0], x[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -54,6 +54,18 @@ def route(
     dropless: ignore the capacity factor, as in evaluation and inference.
   """
   logits_TE = jnp.dot(x_TD.astype(jnp.float32), w_router_DE.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+  return route_logits(logits_TE, bias_E, mask_T, config, multiplicative, dropless)
+
+
+def route_logits(
+  logits_TE: jax.Array,
+  bias_E: jax.Array,
+  mask_T: jax.Array,
+  config: ModelConfig,
+  multiplicative: bool = False,
+  dropless: bool = False,
+) -> Routing:
+  """`route` from float32 logits."""
   scores_TE = jax.nn.sigmoid(logits_TE) if config.score_fn == 'sigmoid' else jax.nn.softmax(logits_TE, -1)
   fixed_TE, bias_E = lax.stop_gradient(scores_TE), lax.stop_gradient(bias_E)
   biased_TE = fixed_TE * bias_E if multiplicative else fixed_TE + bias_E

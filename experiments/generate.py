@@ -1,0 +1,82 @@
+"""Continues prompts with a trained model.
+
+python experiments/generate.py --checkpoint=runs/tiny --prompt="def "
+python experiments/generate.py --checkpoint=runs/tiny --prompt="def " --drafts=1 --temperature=0
+
+Text streams to stdout as it comes, or, with several prompts, each as soon as it is whole; figures go to stderr.
+--drafts speculates: the model's MTP module proposes so many tokens, and the model checks them in one pass.
+"""
+
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its developers
+
+from absl import flags
+
+from moe import cli
+from moe.config import MeshConfig
+from moe.errors import UserError
+from moe.inference import generate, load, quantize, weights
+from moe.inference.sampling import Sampling
+from moe.inference.steps import Settings
+from moe.inference.text import TextStream
+from moe.loop import use_compilation_cache
+
+CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Run directory, or folder of a Hugging Face checkpoint.')
+PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')
+MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'New tokens per prompt at most.')
+CACHE_TOKENS = flags.DEFINE_integer('cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.')
+TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Of the softmax; 0 is greedy.')
+TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the likeliest tokens only; 0: from all.')
+TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that hold this probability; 1: from all.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of the first prompt; the next one has the next.')
+STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; give it again for more.')
+DRAFTS = flags.DEFINE_integer('drafts', 0, 'Tokens the MTP module drafts per step; 0: none.', lower_bound=0)
+QUANTIZE = flags.DEFINE_enum(
+  'quantize', 'none', quantize.SCHEMES, 'Weights in FP8, or experts in MXFP4 and the rest in FP8.'
+)
+DTYPE = flags.DEFINE_string('dtype', '', 'To compute in, float32 or bfloat16; as in training if not given.')
+EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that share the experts.', lower_bound=1)
+TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden width and vocabulary.', lower_bound=1)
+CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Split the CPU into so many virtual devices.', lower_bound=0)
+
+
+def main(argv):
+  if argv[1:]:
+    raise UserError(f'unexpected argument {argv[1]!r}; a prompt is given by --prompt')
+  if not CHECKPOINT.value:
+    raise UserError('--checkpoint is missing; give a run directory, such as --checkpoint=runs/tiny')
+  if not PROMPT.value or '' in PROMPT.value:
+    raise UserError('the prompt is empty; give a text, such as --prompt="def "')
+  how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+  mesh = MeshConfig(expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
+  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, quantized=True)
+  use_compilation_cache(model.config)
+  tokenizer = model.tokenizer
+  prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))] for text in PROMPT.value]
+  capacity = CACHE_TOKENS.value or max(map(len, prompts)) + MAX_TOKENS.value
+  settings = Settings(model.config, how, tokenizer.bos_id, capacity, DRAFTS.value)
+  ready = weights.prepare(model.params, model.bias_LE, model.config, model.mesh, QUANTIZE.value)
+  generator = generate.Generator(ready, settings, model.mesh, len(prompts))
+  streams, alone = [TextStream(tokenizer, STOP.value) for _ in prompts], len(prompts) == 1
+
+  def show(row, tokens):
+    new = streams[row].add(tokens)
+    if alone:
+      print(new, end='', flush=True)
+    return streams[row].stopped
+
+  if alone:
+    print(PROMPT.value[0], end='', flush=True)
+  completions, stats = generator.run(prompts, MAX_TOKENS.value, [SEED.value + i for i in range(len(prompts))], show)
+  for prompt, stream, completion in zip(PROMPT.value, streams, completions, strict=True):
+    rest = stream.add([], last=completion.finish != 'stopped')
+    print(rest if alone else f'--- {completion.finish} ---\n{prompt}{stream.text}')
+  print(stats, file=sys.stderr)
+
+
+if __name__ == '__main__':
+  cli.run(main)

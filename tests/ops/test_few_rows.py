@@ -1,0 +1,185 @@
+"""Products of few rows against numpy, expert by expert: in jnp, and the GPU kernel interpreted and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_lowering import operations
+
+from moe.mesh import abstract_mesh
+from moe.ops import few_rows, few_rows_gpu, weights
+from moe.ops.few_rows_gpu import item_of, item_rows
+
+KINDS = ('array', 'fp8', 'mxfp4')
+# rows per expert, and rows that no expert has
+LOADS = {
+  'uneven': ([3, 0, 20, 1, 9], 2),
+  'all_in_one': ([0, 0, 37, 0], 0),
+  'none': ([0, 0], 3),
+  'one_row': ([0, 0, 1, 0], 0),
+  'few_of_many': ([0, 1] * 10, 0),
+  'two_of_many': ([0] * 9 + [2] + [0] * 9, 2),
+}
+
+
+def inputs(load, K, N, kind, dtype):
+  """Rows, two weights, sizes, and the float64 matrices that the weights stand for."""
+  sizes, rest = LOADS[load]
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(sum(sizes) + rest, K)) * np.exp2(rng.integers(-9, 9, (sum(sizes) + rest, 1))), dtype)
+  drawn = jnp.asarray(rng.normal(size=(2, len(sizes), K, N)) / 16, dtype)
+  ws = [drawn[i] if kind == 'array' else weights.quantize(drawn[i], kind) for i in range(2)]
+  matrices = [np.asarray(weights.dequantize(w, jnp.float32), np.float64) for w in ws]
+  return x, ws, jnp.array(sizes, jnp.int32), matrices
+
+
+def exact(x, matrices, sizes):
+  """The products with one matrix, or the SwiGLU of two, in float64."""
+  x, row = np.asarray(x, np.float64), 0
+  y = np.zeros((len(x), matrices[0].shape[-1]))
+  for e, size in enumerate(np.asarray(sizes)):
+    products = [x[row : row + size] @ w[e] for w in matrices]
+    y[row : row + size] = products[0]
+    if len(products) == 2:
+      y[row : row + size] *= np.exp(-np.logaddexp(0, -products[0])) * products[1]
+    row += size
+  return y
+
+
+def assert_near(y, expected, dtype):
+  """Within rounding of the result, which is 2^-8 in bfloat16, by the largest value of the row."""
+  assert y.dtype == dtype
+  largest = np.abs(expected).max(1, keepdims=True)
+  unit = np.where(largest > 0, largest, 1)
+  tolerance = 2e-6 if dtype == jnp.float32 else 2.0**-8
+  np.testing.assert_allclose(np.asarray(y, np.float64) / unit, expected / unit, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+  ('load', 'dtype'), [*((load, jnp.float32) for load in LOADS), ('uneven', jnp.bfloat16), ('few_of_many', jnp.bfloat16)]
+)
+def test_products_equal_numpy_expert_by_expert(load, kind, dtype):
+  x, ws, sizes, matrices = inputs(load, 160, 72, kind, dtype)
+  assert_near(jax.jit(few_rows.matmul)(x, ws[0], sizes), exact(x, matrices[:1], sizes), dtype)
+  assert_near(jax.jit(few_rows.swiglu)(x, *ws, sizes), exact(x, matrices, sizes), dtype)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('rows', [1, 5])
+def test_dense_products_equal_numpy(rows, kind):
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
+  drawn = jnp.asarray(rng.normal(size=(2, 64, 40)), jnp.float32)
+  ws = [w if kind == 'array' else weights.quantize(w, kind) for w in drawn]
+  matrices = [np.asarray(weights.dequantize(w, jnp.float32), np.float64)[None] for w in ws]
+  assert_near(few_rows.dense(x, ws[0]), exact(x, matrices[:1], [rows]), jnp.float32)
+  assert_near(few_rows.dense_swiglu(x, *ws), exact(x, matrices, [rows]), jnp.float32)
+
+
+@pytest.fixture
+def short_kernels(monkeypatch):
+  """Kernels that compile sooner, as their loops are unrolled less."""
+  for tiles in (few_rows_gpu.ONE_ROW, few_rows_gpu.MORE_ROWS):
+    for kind, tile in tiles.items():
+      monkeypatch.setitem(tiles, kind, tile._replace(unroll=min(tile.unroll, 2)))
+
+
+# Widths that are whole tiles and such that are not; sums in one part and in several.
+@pytest.mark.parametrize(('K', 'N', 'programs'), [(256, 128, 1), (160, 72, 128)])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('load', ['uneven', 'few_of_many'])
+@pytest.mark.usefixtures('short_kernels')
+def test_the_kernel_interpreted_equals_numpy(load, kind, K, N, programs, monkeypatch):
+  """It multiplies float16 or bfloat16 exactly, so only the result is rounded."""
+  monkeypatch.setattr(few_rows_gpu, 'PROGRAMS', programs)
+  x, ws, sizes, matrices = inputs(load, K, N, kind, jnp.bfloat16)
+  y = few_rows_gpu.products(x, tuple(ws), sizes, interpret=True)
+  assert_near(y, exact(x, matrices, sizes), jnp.bfloat16)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('tensor_cores', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.usefixtures('short_kernels')
+def test_rows_with_an_expert_each(kind, tensor_cores, dtype, monkeypatch):
+  """Two rows of x for three experts each, in any order, one expert for both, and one row without."""
+  x, ws, _, matrices = inputs('few_of_many', 256, 72, kind, dtype)
+  x, expert_M, none = x[:2], jnp.array([7, 0, 19, 7, 20, 3]), 20
+  if tensor_cores:
+    monkeypatch.setattr(few_rows_gpu, 'ONE_ROW', {})
+  by_kernel = few_rows_gpu.products_each(x, tuple(ws), expert_M, interpret=True)
+  for y in (by_kernel, few_rows.swiglu_each(x, *ws, expert_M)):
+    for m, expert in enumerate(expert_M.tolist()):
+      own = [w[expert : expert + 1] if expert < none else np.zeros_like(w[:1]) for w in matrices]
+      assert_near(y[m : m + 1], exact(x[m // 3 : m // 3 + 1], own, [1]), dtype)
+  np.testing.assert_array_equal(few_rows.matmul_each(x, ws[1], expert_M)[4], 0)
+
+
+@pytest.mark.parametrize(('load', 'kind'), [('uneven', 'mxfp4'), ('few_of_many', 'fp8'), ('none', 'array')])
+@pytest.mark.usefixtures('short_kernels')
+def test_the_kernel_interpreted_in_float32(load, kind):
+  x, ws, sizes, matrices = inputs(load, 256, 64, kind, jnp.float32)
+  y = few_rows_gpu.products(x, (ws[0],), sizes, interpret=True)
+  assert_near(y, exact(x, matrices[:1], sizes), jnp.float32)
+
+
+def test_rows_of_any_size_survive_in_float16():
+  """bfloat16 reaches 2^127; a row's small values keep their bits down to 2^-29 of its largest."""
+  x = jnp.asarray([[2.0**120, -1.5 * 2.0**92], [2.0**-100, 2.0**-126], [0, 0]], jnp.bfloat16)
+  scaled, factor = few_rows_gpu._as_float16(x)
+  assert scaled.dtype == jnp.float16
+  np.testing.assert_array_equal(np.asarray(scaled, np.float64) * np.asarray(factor, np.float64)[:, None], x)
+
+
+@pytest.mark.parametrize('load', LOADS)
+def test_work_items_cover_every_row_once(load):
+  sizes, rest = LOADS[load]
+  rows, owner = sum(sizes) + rest, [*np.repeat(np.arange(len(sizes)), sizes)]
+  tile = item_rows(rows, len(sizes))
+  groups = min(len(sizes) + 1, rows)
+  seen = []
+  for i in range(groups + (rows - groups) // tile):
+    item = item_of(i, jnp.array([*sizes, 0, 0], jnp.int32), rows, tile)
+    assert item.count <= tile
+    mine = list(range(int(item.row), int(item.row) + int(item.count)))
+    assert all(row >= len(owner) if item.past else owner[row] == item.expert for row in mine)
+    seen += mine
+  assert seen == list(range(rows))
+
+
+@pytest.mark.parametrize('rows', [6, 192])
+@pytest.mark.parametrize('kind', KINDS)
+def test_on_cuda_the_kernel_reads_the_weights_as_they_are(kind, rows):
+  """Inside shard_map, lowered for GPUs that are not here: nothing but the kernel takes anything of a weight's size."""
+  experts, K, N = 16, 512, 256
+  w = jax.ShapeDtypeStruct((experts, K, N), jnp.bfloat16)
+  if kind != 'array':
+    w = jax.eval_shape(functools.partial(weights.quantize, kind=kind), w)
+  x, sizes = jax.ShapeDtypeStruct((2 * rows, K), jnp.bfloat16), jax.ShapeDtypeStruct((experts,), jnp.int32)
+  mesh = abstract_mesh((1, 2, 1, 2))
+
+  def shard(x_MD, w, size_e):
+    y = few_rows.swiglu(x_MD, w, w, size_e)
+    assert jax.typeof(y).manual_axis_type.varying == {'data', 'tensor'}
+    one = few_rows.dense(x_MD, jax.tree.map(lambda a: a[0], w))
+    assert jax.typeof(one).manual_axis_type.varying == {'data', 'tensor'}
+    return y, one
+
+  over = P(None, None, 'tensor')
+  shard = jax.shard_map(
+    shard, mesh=mesh, in_specs=(P('data'), over, P()), out_specs=(P('data', 'tensor'),) * 2, check_vma=True
+  )
+  module = jax.jit(shard).trace(x, w, sizes).lower(lowering_platforms=('cuda',)).compiler_ir()
+  kernels, takers = 0, set()
+  for op in operations(module.operation):
+    target = str(op.attributes['call_target_name']) if op.name == 'stablehlo.custom_call' else op.name
+    kernels += 'triton' in target
+    taken = [int(np.prod(value.type.shape)) for value in op.operands if hasattr(value.type, 'shape')]
+    if any(size >= experts * K * N // 4 for size in taken):  # of a shard, with two values in a byte
+      takers.add(target)
+  assert kernels == 2
+  assert takers == {'"__gpu$xla.gpu.triton"', 'sdy.manual_computation', 'stablehlo.slice'}  # the slice: w[0]
