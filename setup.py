@@ -4,7 +4,7 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow']
+TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'nbclient', 'ipykernel']
 
 setup(
   name='moe-lossfree',

@@ -5,12 +5,14 @@ python experiments/bench.py --suite=fp8
 python experiments/bench.py --suite=layer --profile
 python experiments/bench.py --suite=scaling --json=scaling.json
 python experiments/bench.py --suite=step
+python experiments/bench.py --suite=generate
 
 gemm: the grouped matmul's backends beside one dense matmul and, on a GPU with torch, torch's grouped_mm.
 fp8: the forward product in FP8 with block scales and, on a GPU with torch, torch's with a scale per row.
 layer: a MoE layer, router to combine, beside Hugging Face's DeepseekV3MoE where torch and transformers are.
 scaling: the same over the number of experts and of tokens, with a plot beside the JSON file.
 step: a train step of configs/h200.py's model, beside Hugging Face's DeepseekV3ForCausalLM.
+generate: greedy generation by that model (configs/tiny.py's on a CPU), beside transformers' generate.
 
 Sizes are for 2 CPU cores or one Hopper GPU, whichever is there. A contender that fails is a row that says so, and the
 exit status is 1.
@@ -29,10 +31,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from configs import h200
+from configs import h200, tiny
 from moe import cli
 from moe.bench import fp8 as fp8_suite
 from moe.bench import gemm as gemm_suite
+from moe.bench import generate as generate_suite
 from moe.bench import layer as layer_suite
 from moe.bench import peers, rows, timing
 from moe.bench import scaling as scaling_suite
@@ -40,7 +43,7 @@ from moe.bench import step as step_suite
 from moe.config import Config, from_config_dict
 from moe.mesh import make_mesh, platform_of
 
-SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer', 'scaling', 'step'), 'What to measure.')
+SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate'), 'What to measure.')
 REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median counts.', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
@@ -86,6 +89,11 @@ def step(hopper: bool) -> list[dict]:
   return step_suite.collect(config, names, command, _compute_dense_repeats_inner(hopper)[1])
 
 
+def generate(hopper: bool) -> list[dict]:
+  config = from_config_dict((h200 if hopper else tiny).get_config('model.mtp_depth=0'))
+  return generate_suite.measure(config, REPEATS.value)
+
+
 def _compute_dense_repeats_inner(hopper):
   compute, size, inner = ('bfloat16', 8192, 5) if hopper else ('float32', 1024, 1)
   return compute, timing.dense_tflop_per_s(size, compute, REPEATS.value, inner), REPEATS.value, inner
@@ -93,13 +101,13 @@ def _compute_dense_repeats_inner(hopper):
 
 def main(argv):
   del argv
-  suites = {'gemm': gemm, 'fp8': fp8, 'layer': layer, 'scaling': scaling, 'step': step}
+  suites = {'gemm': gemm, 'fp8': fp8, 'layer': layer, 'scaling': scaling, 'step': step, 'generate': generate}
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
   if CONTENDER.value:
     print(json.dumps(results[0]))
     return
   machine = f'jax {jax.__version__}{peers.versions()}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores'
-  notes = [peers.missing()] if SUITE.value in ('layer', 'step') else []
+  notes = [peers.missing()] if SUITE.value in ('layer', 'step', 'generate') else []
   rows.show(SUITE.value, machine, results, notes, JSON.value)
   if any('failed' in row for row in results):
     sys.exit(1)

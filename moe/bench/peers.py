@@ -1,6 +1,7 @@
 """Hugging Face's DeepSeek-V3 in torch: its MoE layer and its training step, with grouped_mm experts."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from moe.bench.timing import GIB
 from moe.config import Config, ModelConfig
+from moe.interop import names
 
 NAME = 'Hugging Face'
 
@@ -170,6 +172,51 @@ class Training:
   def memory(self) -> dict:
     """A row's entries on the peak memory so far; {} on a CPU."""
     return _peak(0) if device() == 'cuda' else {}
+
+
+class Generation:
+  """DeepseekV3ForCausalLM with given weights. A call is one `generate`, greedy, with its cache."""
+
+  def __init__(self, config: Config, arrays: dict):
+    """arrays: numpy parameters by dotted path; the router's bias is 0."""
+    import torch
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
+
+    model, F = config.model, config.model.d_expert
+    arrays = arrays | {'bias_LE': np.zeros((model.num_routers, model.num_experts), np.float32)}
+    made = make_config(model)
+    made.use_cache = True
+    with torch.device(device()):
+      self.model = DeepseekV3ForCausalLM._from_config(
+        made, dtype=getattr(torch, config.precision.compute), attn_implementation='sdpa'
+      )
+    self.model.eval()
+    slots = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+    with torch.no_grad():
+      for tensor in names.table(dataclasses.replace(model, mtp_depth=0)):
+        if not tensor.is_expert:
+          slots[tensor.name].copy_(_tensor(tensor.pack(lambda view: arrays[view.name][view.index])))
+      for layer in range(model.num_moe_layers):
+        experts = self.model.model.layers[model.num_dense_layers + layer].mlp.experts
+        experts.gate_up_proj[:, :F].copy_(_tensor(arrays['layers.experts.w_gate_eDF'][layer]).mT)
+        experts.gate_up_proj[:, F:].copy_(_tensor(arrays['layers.experts.w_up_eDF'][layer]).mT)
+        experts.down_proj.copy_(_tensor(arrays['layers.experts.w_down_eFD'][layer]).mT)
+
+  def __call__(self, prompts: list[list[int]], new: int) -> np.ndarray:
+    """The `new` tokens after each prompt, int [B, new]; prompts are of one length."""
+    import torch
+
+    token_BS = torch.tensor(prompts, device=device())
+    with torch.no_grad():
+      out_BS = self.model.generate(
+        token_BS,
+        attention_mask=torch.ones_like(token_BS),
+        min_new_tokens=new,
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+      )
+    return out_BS[:, token_BS.shape[1] :].cpu().numpy()
 
 
 def _peak(before_bytes):

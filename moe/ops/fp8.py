@@ -45,7 +45,7 @@ from moe.ops.quantize_gpu import BLOCK, Blocks, blocks_of
 from moe.ops.varying import align, vary, varying_axes
 
 ROWS, COLUMNS, BLOCKS = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)  # rows and columns that share a scale
-# Measured on one H200 (bench.py --suite=gemm, --suite=fp8): Wgrad; quantising as is, turning x, quantising dy both ways.
+# Measured on one H200 (bench.py --suite=gemm, --suite=fp8): Wgrad; quantising as is, turning x, dy both ways.
 BF16_FLOP_PER_S, FP8_FLOP_PER_S = 0.6e15, 0.8e15
 AS_IS_BYTES_PER_S, TURN_BYTES_PER_S, BOTH_WAYS_BYTES_PER_S = 3.3e12, 1.3e12, 2.0e12
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import h200
-from moe.bench import fp8, gemm, layer, peers, profile, rows, scaling, step, timing
-from moe.config import ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig, from_config_dict
+from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, step, timing
+from moe.config import Config, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig, from_config_dict
 
 SHAPE = layer.Shape(D=32, F=16, E=4, K=2, T=64)
 GEMM_SHAPE = gemm.Shape(M=64, D=128, F=128, E=4)
@@ -138,6 +138,38 @@ def test_contenders_of_a_step_are_processes_of_their_own(small):
   assert rows.geometric_means(found) == {'ours': 0.5}
 
 
+@pytest.fixture
+def generation(monkeypatch):
+  """A model to generate with, of widths that MXFP4 can have, and short prompts."""
+  monkeypatch.setattr(generate, 'PROMPT', 6)
+  monkeypatch.setattr(generate, 'NEW', 4)
+  monkeypatch.setattr(generate, 'BATCHES', (2,))
+  model = ModelConfig(
+    vocab_size=50, d_model=32, num_layers=2, d_ff=32, d_expert=32, num_experts=4, top_k=2, num_heads=2, mtp_depth=0
+  )
+  return Config(model=model)
+
+
+def test_generate_rows(generation, monkeypatch):
+  monkeypatch.setattr(peers, 'missing', lambda: 'none here')
+  found = generate.measure(generation, repeats=1)
+  assert [row['name'] for row in found] == ['ours float32', 'ours fp8', 'ours mxfp4']
+  assert all(row['tokens_per_s'] == pytest.approx(2 * 4 / row['s']) for row in found)
+  plain, fp8_row, mxfp4 = (row['touched_gb'] for row in found)
+  assert plain > fp8_row > mxfp4 > 0
+
+
+def test_bytes_that_a_step_touches(generation):
+  """Everything but the embedding, and of 4 experts, 2 per token, 3 of 4 on average when two tokens choose."""
+  expert, rest = jnp.zeros((4, 8, 8)), jnp.zeros((5, 5))
+  ready = {
+    'w_embedding_VD': rest,
+    'w_head_DV': rest,
+    'layers': [{'experts': {'w_up_eDF': expert}, 'w_router_DE': rest}],
+  }
+  assert generate.touched_bytes(ready, generation, batch=2) == 4 * (2 * 25 + 0.75 * 4 * 64)
+
+
 def test_geometric_means_over_shapes():
   rates = {('a', 'torch x'): 2.0, ('a', 'ours'): 4.0, ('b', 'torch x'): 1.0, ('b', 'ours'): 0.5, ('b', 'dense'): 9.0}
   found = [{'shape': shape, 'name': name, 'tflop_per_s': rate} for (shape, name), rate in rates.items()]
@@ -194,3 +226,11 @@ def test_hugging_faces_step(small):
   row = step.contender(peers.NAME, small, repeats=3)
   assert abs(row['loss_first'] - math.log(128)) < 0.2
   assert row['tokens_per_s'] > 0
+
+
+@pytest.mark.usefixtures('torch_peer')
+def test_transformers_generates_the_same_tokens(generation):
+  found = generate.measure(generation, repeats=1)
+  assert found[-1]['name'] == peers.NAME
+  assert found[-1]['same_tokens'] == 1
+  assert all('of_peer' in row for row in found)
