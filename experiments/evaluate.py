@@ -3,7 +3,7 @@
 python experiments/evaluate.py --checkpoint=runs/tiny
 python experiments/evaluate.py --checkpoint=runs/tiny --quantize=mxfp4 --paths=my_text/
 
---quantize rounds the weights first, to what `generate.py --quantize` computes with.
+--quantize rounds the weights first, as `generate.py --quantize` does.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ PATHS = flags.DEFINE_string(
 SEQUENCES = flags.DEFINE_integer('sequences', 0, 'The first so many only; 0: all.', lower_bound=0)
 BATCH = flags.DEFINE_integer('batch', 16, 'Sequences at a time.', lower_bound=1)
 QUANTIZE = flags.DEFINE_enum('quantize', 'none', quantize.SCHEMES, 'Round weights to FP8, or experts to MXFP4.')
+TOKENIZER = flags.DEFINE_string('tokenizer', '', 'byte, or a tokenizer.json; that of the checkpoint if not given.')
 DTYPE = flags.DEFINE_string('dtype', '', 'To compute in, float32 or bfloat16; as in training if not given.')
 EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that share the experts.', lower_bound=1)
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden width and vocabulary.', lower_bound=1)
@@ -47,7 +48,9 @@ def main(argv):
   if not CHECKPOINT.value:
     raise UserError('--checkpoint is missing; give a run directory, such as --checkpoint=runs/tiny')
   mesh = MeshConfig(expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
-  model = load.load(CHECKPOINT.value, mesh, DTYPE.value)
+  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, tokenizer=TOKENIZER.value)
+  for remark in model.remarks:
+    print(remark, file=sys.stderr)
   use_compilation_cache(model.config)
   data = model.config.data if PATHS.value is None else dataclasses.replace(model.config.data, paths=PATHS.value)
   rows = pack(load_corpus(data).val, model.tokenizer, data.seq_len, 'the validation text')

@@ -3,7 +3,7 @@
 python experiments/generate.py --checkpoint=runs/tiny --prompt="def "
 python experiments/generate.py --checkpoint=runs/tiny --prompt="def " --drafts=1 --temperature=0
 
-Text streams to stdout as it comes, or, with several prompts, each as soon as it is whole; figures go to stderr.
+Text streams to stdout as it comes, or, with several prompts, when all of them have ended; figures go to stderr.
 --drafts speculates: the model's MTP module proposes so many tokens, and the model checks them in one pass.
 """
 
@@ -18,6 +18,7 @@ from absl import flags
 
 from moe import cli
 from moe.config import MeshConfig
+from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.inference import generate, load, quantize, weights
 from moe.inference.sampling import Sampling
@@ -27,8 +28,10 @@ from moe.loop import use_compilation_cache
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Run directory, or folder of a Hugging Face checkpoint.')
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')
-MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'New tokens per prompt at most.')
-CACHE_TOKENS = flags.DEFINE_integer('cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.')
+MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'New tokens per prompt at most.', lower_bound=1)
+CACHE_TOKENS = flags.DEFINE_integer(
+  'cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.', lower_bound=0
+)
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Of the softmax; 0 is greedy.')
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the likeliest tokens only; 0: from all.')
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that hold this probability; 1: from all.')
@@ -36,8 +39,13 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the first prompt; the next one has th
 STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; give it again for more.')
 DRAFTS = flags.DEFINE_integer('drafts', 0, 'Tokens the MTP module drafts per step; 0: none.', lower_bound=0)
 QUANTIZE = flags.DEFINE_enum(
-  'quantize', 'none', quantize.SCHEMES, 'Weights in FP8, or experts in MXFP4 and the rest in FP8.'
+  'quantize',
+  'none',
+  quantize.SCHEMES,
+  'Weights in FP8, or experts in MXFP4 and the rest in FP8; those that a folder holds quantised stay as they are.',
 )
+DEQUANTIZE = flags.DEFINE_bool('dequantize', False, 'Load what a folder holds quantised as plain numbers.')
+TOKENIZER = flags.DEFINE_string('tokenizer', '', 'byte, or a tokenizer.json; that of the checkpoint if not given.')
 DTYPE = flags.DEFINE_string('dtype', '', 'To compute in, float32 or bfloat16; as in training if not given.')
 EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that share the experts.', lower_bound=1)
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden width and vocabulary.', lower_bound=1)
@@ -53,17 +61,33 @@ def main(argv):
     raise UserError('the prompt is empty; give a text, such as --prompt="def "')
   how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   mesh = MeshConfig(expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
-  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, quantized=True)
+  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, not DEQUANTIZE.value, TOKENIZER.value)
+  for remark in model.remarks:
+    print(remark, file=sys.stderr)
   use_compilation_cache(model.config)
-  tokenizer = model.tokenizer
-  prompts = [[tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))] for text in PROMPT.value]
+  prompts = [encode(text, model.tokenizer) for text in PROMPT.value]
+  seeds = [SEED.value + i for i in range(len(prompts))]
   capacity = CACHE_TOKENS.value or max(map(len, prompts)) + MAX_TOKENS.value
-  settings = Settings(model.config, how, tokenizer.bos_id, capacity, DRAFTS.value)
+  settings = Settings(model.config, how, model.eos_id, capacity, DRAFTS.value)
+  generate.check_request(prompts, MAX_TOKENS.value, seeds, len(prompts), settings)
   ready = weights.prepare(model.params, model.bias_LE, model.config, model.mesh, QUANTIZE.value)
-  generator = generate.Generator(ready, settings, model.mesh, len(prompts))
+  model = model._replace(params={})  # so that the memory is there for the cache
+  show(generate.Generator(ready, settings, model.mesh, len(prompts)), prompts, seeds, model.tokenizer)
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+  """The tokens of a document that begins with `text`."""
+  try:
+    return [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]
+  except UnicodeEncodeError as error:
+    raise UserError(f'the prompt {text!r} is not UTF-8: {error}') from error
+
+
+def show(generator: generate.Generator, prompts: list[list[int]], seeds: list[int], tokenizer: Tokenizer) -> None:
+  """Generates, and prints the texts and the figures."""
   streams, alone = [TextStream(tokenizer, STOP.value) for _ in prompts], len(prompts) == 1
 
-  def show(row, tokens):
+  def add(row, tokens):
     new = streams[row].add(tokens)
     if alone:
       print(new, end='', flush=True)
@@ -71,7 +95,7 @@ def main(argv):
 
   if alone:
     print(PROMPT.value[0], end='', flush=True)
-  completions, stats = generator.run(prompts, MAX_TOKENS.value, [SEED.value + i for i in range(len(prompts))], show)
+  completions, stats = generator.run(prompts, MAX_TOKENS.value, seeds, add)
   for prompt, stream, completion in zip(PROMPT.value, streams, completions, strict=True):
     rest = stream.add([], last=completion.finish != 'stopped')
     print(rest if alone else f'--- {completion.finish} ---\n{prompt}{stream.text}')

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -106,13 +107,14 @@ class Generator:
     Args:
       prompts: token ids.
       max_tokens: at least 1.
-      seeds: of each prompt's draws.
-      on_tokens: called with the number of a prompt and its newest tokens, as they come; True ends that sequence.
+      seeds: of each prompt's draws, 0 to 2^32 - 1.
+      on_tokens: called with the number of a prompt and its newest tokens, as they come; True ends that sequence. Where
+        there are several processes, each calls it with the same, and must get the same answer.
 
     Raises:
-      UserError: more prompts than slots, no or an empty prompt, one with an unknown token, or longer than the cache.
+      UserError: as `check_request`.
     """
-    check_prompts(prompts, max_tokens, self.slots, self.settings)
+    check_request(prompts, max_tokens, seeds, self.slots, self.settings)
     found, finish = [[] for _ in prompts], [''] * len(prompts)
 
     def take(row, tokens):
@@ -179,11 +181,8 @@ class Generator:
   def _empty(self, prompts, max_tokens, seeds) -> Slots:
     """Slots for these prompts, before the first chunk."""
     config, drafts = self.settings.config, self.settings.drafts
-    zero_B, seed_B, last_B = (
-      np.zeros(self.slots, np.int32),
-      np.zeros(self.slots, np.uint32),
-      np.zeros(self.slots, np.int32),
-    )
+    zero_B = np.zeros(self.slots, np.int32)
+    last_B, seed_B = zero_B.copy(), zero_B.astype(np.uint32)
     seed_B[: len(prompts)] = seeds
     last_B[: len(prompts)] = [len(prompt) + max_tokens - 1 for prompt in prompts]
     hidden_BKD = np.zeros((self.slots, drafts + 1, config.model.d_model), jnp.dtype(config.precision.compute))
@@ -213,19 +212,27 @@ class Generator:
     return jax.jit(run, donate_argnums=1)
 
 
-def check_prompts(prompts, max_tokens: int, slots: int, settings: Settings) -> None:
-  """Raises UserError if `Generator.run` cannot take these."""
+def check_request(prompts, max_tokens: int, seeds: Sequence[int], slots: int, settings: Settings) -> None:
+  """Checks the arguments of `Generator.run`.
+
+  Raises:
+    UserError: no prompts or more than slots; one that is empty, has a token that the model does not know, or does not
+      fit the cache; no seed for each, or one that is no uint32; max_tokens below 1.
+  """
   if not 0 < len(prompts) <= slots:
     raise UserError(f'{len(prompts)} prompts given; there must be 1 to {slots}, the number of slots')
   if max_tokens < 1:
     raise UserError(f'max_tokens = {max_tokens} must be at least 1')
+  if len(seeds) != len(prompts):
+    raise UserError(f'{len(seeds)} seeds given for {len(prompts)} prompts; there must be one for each')
+  if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+    raise UserError(f'seed = {wrong[0]} must be at least 0 and below 2^32')
   for number, prompt in enumerate(prompts):
     if not len(prompt):
       raise UserError(f'prompt {number} is empty; give at least one token')
-    if not 0 <= min(prompt) <= max(prompt) < settings.config.model.vocab_size:
-      raise UserError(
-        f'prompt {number} has token {max(prompt)}; the model knows 0 to {settings.config.model.vocab_size - 1}'
-      )
+    last = settings.config.model.vocab_size - 1
+    if unknown := [token for token in prompt if not 0 <= token <= last]:
+      raise UserError(f'prompt {number} has token {unknown[0]}; the model knows 0 to {last}')
     if len(prompt) + max_tokens > settings.capacity:
       raise UserError(
         f'prompt {number} of {len(prompt)} tokens and {max_tokens} new ones do not fit the cache of '
@@ -237,8 +244,6 @@ def _fetch(array: jax.Array) -> np.ndarray:
   """The whole of a sharded array on every host."""
   if array.is_fully_addressable:
     return np.asarray(array)
-  from jax.experimental import multihost_utils
-
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
@@ -254,5 +259,5 @@ def continuation(
   prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]
   settings = Settings(config, how, tokenizer.bos_id, len(prompt) + max_tokens, drafts=0)
   generator = Generator(prepare(params, bias_LE, config, mesh), settings, mesh, slots=1, prompt_chunk=len(prompt))
-  (completion,), _ = generator.run([prompt], max_tokens, [seed])
+  (completion,), _ = generator.run([prompt], max_tokens, [seed % 2**32])
   return tokenizer.decode(prompt + completion.tokens)

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from moe import sharding
 from moe.checkpoint import Checkpoints
-from moe.config import Config, MeshConfig, PrecisionConfig
-from moe.data.tokenizer import Tokenizer, load_saved
+from moe.config import Config, DataConfig, MeshConfig, PrecisionConfig
+from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
+from moe.interop import hf_config
 from moe.interop import load as from_folder
 from moe.interop.load import open_checkpoint
-from moe.mesh import make_mesh, platform_of, setup_devices
+from moe.mesh import make_mesh, mesh_shape, platform_of, setup_devices
 from moe.model import transformer
 from moe.run_dir import read_config
 from moe.state import TrainState
@@ -24,7 +25,8 @@ from moe.step import resolve
 
 
 class Model(NamedTuple):
-  """config: with every 'auto' resolved. params, bias_LE: as in training, on `mesh`. step: of the checkpoint."""
+  """config: with every 'auto' resolved. params, bias_LE: as in training, on `mesh`. step: of the checkpoint, 0 of a
+  Hugging Face one. eos_id: token that ends a sequence. remarks: lines for the user."""
 
   config: Config
   mesh: jax.sharding.Mesh
@@ -32,9 +34,11 @@ class Model(NamedTuple):
   bias_LE: jax.Array
   tokenizer: Tokenizer
   step: int
+  eos_id: int
+  remarks: list[str]
 
 
-def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool = False) -> Model:
+def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool = False, tokenizer: str = '') -> Model:
   """A run's newest checkpoint, or a Hugging Face one, on a mesh.
 
   Args:
@@ -42,20 +46,24 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     mesh: where to.
     compute: dtype to compute in, 'float32' or 'bfloat16'; '': as in training, or as in the folder.
     quantized: leave experts and feed-forwards as the folder's files hold them, if that is FP8 or MXFP4.
+    tokenizer: 'byte' or the path of a tokenizer.json; '': that of the run or folder.
 
   Raises:
-    UserError: neither of the two, no checkpoint, a damaged one, a mesh that does not fit, no tokenizer.
+    UserError: neither of the two, no checkpoint, a damaged one, a mesh that does not fit; no tokenizer, or one with
+      more ids than the model.
   """
   path = Path(path).expanduser()
   of_hf = not (path / 'checkpoints').is_dir()
   if of_hf and not (path / 'config.json').is_file():
     raise UserError(f'{path} is neither a run directory nor a folder with a Hugging Face checkpoint')
   setup_devices(mesh)
+  fields, remarks = {}, []
   if of_hf:
-    checkpoint = open_checkpoint(path)
-    base = Config(model=checkpoint.model, precision=PrecisionConfig(compute='bfloat16'))
+    checkpoint, fields = open_checkpoint(path), hf_config.read(path)
+    base, remarks = _config_of(checkpoint.model, fields), checkpoint.remarks
   else:
     base = read_config(path)
+  read_by = _tokenizer(path, tokenizer, base.model.vocab_size)
   config = for_inference(base, mesh, compute)
   device_mesh = make_mesh(config)
   config = resolve(config, device_mesh, platform_of(device_mesh))
@@ -65,7 +73,37 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     step = 0
   else:
     params, bias_LE, step = _restore(path, config, device_mesh)
-  return Model(config, device_mesh, params, bias_LE, load_saved(path / 'tokenizer.json'), step)
+  return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_id(fields, read_by), remarks)
+
+
+def _config_of(model, fields):
+  """The config of a Hugging Face folder: its model, its dtype, and sequences no longer than it was made for."""
+  stored, longest = fields.get('torch_dtype', fields.get('dtype')), fields.get('max_position_embeddings')
+  compute = 'float32' if stored == 'float32' else 'bfloat16'
+  seq_len = min(DataConfig.seq_len, longest) if isinstance(longest, int) else DataConfig.seq_len
+  return Config(model=model, data=DataConfig(seq_len=seq_len), precision=PrecisionConfig(compute=compute))
+
+
+def _tokenizer(path, given, vocab_size):
+  """The tokenizer that is given, or that of the run or folder."""
+  file = path / 'tokenizer.json'
+  if not given and not file.is_file():
+    raise UserError(f'{path} has no tokenizer.json; give --tokenizer=FILE, or --tokenizer=byte for a model of bytes')
+  tokenizer = ByteTokenizer() if given == 'byte' else load_saved(given or file)
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f'tokenizer {tokenizer.name} of {given or file} has {tokenizer.vocab_size} token ids, and the model in {path} a '
+      f'vocabulary of {vocab_size}; give the tokenizer that the model was trained with'
+    )
+  return tokenizer
+
+
+def _eos_id(fields, tokenizer):
+  """The end token that a Hugging Face folder names, the first of several; else BOS, as in our runs, where the next
+  document begins."""
+  named = fields.get('eos_token_id')
+  named = named[0] if isinstance(named, list) and named else named
+  return named if isinstance(named, int) else tokenizer.bos_id
 
 
 def _restore(path, config, mesh):
@@ -84,12 +122,19 @@ def _restore(path, config, mesh):
 
 
 def for_inference(config: Config, mesh: MeshConfig, compute: str) -> Config:
-  """A run's config on another mesh, with nothing left of how it was trained."""
+  """A run's config on another mesh, with nothing left of how it was trained.
+
+  Args:
+    compute: as in `load`.
+
+  Raises:
+    UserError: no such dtype or preset.
+  """
   if compute not in ('', 'float32', 'bfloat16'):
     raise UserError(f"dtype {compute!r} must be float32, bfloat16, or '' for that of the training")
   precision = dataclasses.replace(config.precision, fp8='', compute=compute or config.precision.compute)
-  shards = max(mesh.data, 1) * max(mesh.expert, 1)
-  train = dataclasses.replace(config.train, batch_size=shards, microbatches=1, remat='none')
+  _, data, expert, _ = mesh_shape(mesh)
+  train = dataclasses.replace(config.train, batch_size=data * expert, microbatches=1, remat='none')
   return dataclasses.replace(
     config, precision=precision, mesh=mesh, train=train, dispatch='auto', grouped_matmul='auto'
   )

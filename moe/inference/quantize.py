@@ -61,7 +61,10 @@ def is_quantized(leaf) -> bool:
 
 
 def rounded(params: dict, scheme: str) -> dict:
-  """The same parameters, as arrays of the same shapes, after rounding to `scheme`: to measure what it costs."""
+  """The same parameters, as arrays of the same shapes, after rounding to `scheme`: to measure what it costs.
+
+  Generation rounds each shard's part, and attention's matrices joined: there, other values share an FP8 scale.
+  """
   stored = quantize_params(params, scheme)
   back = lambda old, new: weights.dequantize(new, old.dtype).reshape(old.shape) if is_quantized(new) else new
   return jax.tree.map(back, params, stored, is_leaf=is_quantized)

@@ -8,13 +8,15 @@ from jax import lax
 
 from moe.errors import UserError
 
+LEAST_TEMPERATURE = 1e-6  # logits over less could be infinite
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a token is chosen.
 
-  temperature: of the softmax; 0 is greedy. top_k: the most likely tokens that stay; 0: all. top_p: of those, the fewest
-  that hold this much probability; 1: all.
+  temperature: of the softmax; 0 is greedy, else at least LEAST_TEMPERATURE. top_k: the most likely tokens that stay;
+  0: all. top_p: of those, the fewest that hold this much probability; 1: all.
   """
 
   temperature: float = 0.0
@@ -22,8 +24,8 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not 0 <= self.temperature < float('inf'):
-      raise UserError(f'temperature = {self.temperature} must be at least 0; 0 is greedy')
+    if self.temperature and not LEAST_TEMPERATURE <= self.temperature < float('inf'):
+      raise UserError(f'temperature = {self.temperature} must be 0, which is greedy, or at least {LEAST_TEMPERATURE}')
     if self.top_k < 0:
       raise UserError(f'top_k = {self.top_k} must be at least 0; 0 keeps all tokens')
     if not 0 < self.top_p <= 1:

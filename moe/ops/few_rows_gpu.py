@@ -122,6 +122,8 @@ def products_each(x_TK: jax.Array, ws: tuple, expert_M: jax.Array, interpret: bo
 def _call(x_MK, ws, of_items, M: int, rows: int, items: int, interpret: bool, each: bool = False):
   """of_items: rows per expert, or the expert of each row. rows: of an item, and how many `items` there are."""
   K, (experts, _, N), kind = x_MK.shape[1], shape_of(ws[0]), _kind(ws[0])
+  if any(_kind(w) is not kind for w in ws):
+    raise ValueError(f'weights of one product must be of one kind, not {", ".join(_kind(w).__name__ for w in ws)}')
   rows = rows if kind in ONE_ROW else max(rows, 16)
   _check_offsets(ws)
   tile = (ONE_ROW if rows == 1 else MORE_ROWS)[kind]

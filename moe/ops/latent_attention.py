@@ -29,8 +29,8 @@ def attend(q_BSHW: jax.Array, cache_BTW: jax.Array, position_BS: jax.Array, scal
 
   Args:
     q_BSHW: queries, W = C + R wide as the cache.
-    cache_BTW: T positions.
-    position_BS: last position of the cache that each query sees.
+    cache_BTW: T positions of the same dtype.
+    position_BS: int32, at least 0: last position of the cache that each query sees; past the end, it sees all.
     scale: factor on the scores.
     width: C.
   """
@@ -76,19 +76,16 @@ def _kernel(q, cache, position, out, lse, scale: float, width: int, part: int):
   mine = first + jnp.arange(ROWS) < M
   rows = pl.ds(first, ROWS)
   # Two pieces, as tensors in Triton are powers of two wide.
-  pieces = [(0, width), (width, W - width)]
-  of_piece = lambda start, size: (pl.ds(start, pl.next_power_of_2(size)), jnp.arange(pl.next_power_of_2(size)) < size)
-  load = lambda ref, i, at, there, start, size: plt.load(
-    ref.at[i, at, of_piece(start, size)[0]], mask=there[:, None] & of_piece(start, size)[1], other=0
-  )
-  queries = [load(q, b, rows, mine, *piece) for piece in pieces]
-  last = plt.load(position.at[b, rows], mask=mine, other=0)
+  pieces = [_span(0, width), _span(width, W - width)]
+  load = lambda ref, i, at, there, span: plt.load(ref.at[i, at, span[0]], mask=there[:, None] & span[1], other=0)
+  queries = [load(q, b, rows, mine, span) for span in pieces]
+  last = jnp.minimum(plt.load(position.at[b, rows], mask=mine, other=0), T - 1)
 
   def step(j, carry):
     top, total, sums = carry
     at = p * part + j * BLOCK
     columns = at + jnp.arange(BLOCK)
-    keys = [load(cache, b, pl.ds(at, BLOCK), columns < T, *piece) for piece in pieces]
+    keys = [load(cache, b, pl.ds(at, BLOCK), columns < T, span) for span in pieces]
     scores = sum(plt.dot(query, key.T) for query, key in zip(queries, keys, strict=True)) * scale
     scores = jnp.where(columns <= last[:, None], scores, MASKED)
     new_top = jnp.maximum(top, scores.max(1))
@@ -98,10 +95,18 @@ def _kernel(q, cache, position, out, lse, scale: float, width: int, part: int):
     return new_top, total * shrink + probs.sum(1), sums
 
   blocks = jnp.clip(pl.cdiv(last.max() + 1 - p * part, BLOCK), 0, pl.cdiv(part, BLOCK))
-  wide = pl.next_power_of_2(width)
-  nothing = jnp.full((ROWS,), MASKED), jnp.zeros((ROWS,)), jnp.zeros((ROWS, wide))
+  latent, inside = pieces[0]
+  nothing = jnp.full((ROWS,), MASKED), jnp.zeros((ROWS,)), jnp.zeros((ROWS, latent.size))
   top, total, sums = lax.fori_loop(0, blocks, step, nothing)
   total_or_1 = jnp.where(total > 0, total, 1)
-  inside = mine[:, None] & (jnp.arange(wide) < width)
-  plt.store(out.at[p, b, rows, pl.ds(0, wide)], (sums / total_or_1[:, None]).astype(out.dtype), mask=inside)
+  result = (sums / total_or_1[:, None]).astype(out.dtype)
+  plt.store(out.at[p, b, rows, latent], result, mask=mine[:, None] & inside)
   plt.store(lse.at[p, b, rows], jnp.where(total > 0, top + jnp.log2(total_or_1), MASKED), mask=mine)
+
+
+def _span(start: int, size: int):
+  """(`size` columns from `start` and what is missing to a power of two, 16 at least; which of them are not that)."""
+  wide = max(16, pl.next_power_of_2(size))  # tensor cores take no less
+  if wide > size:  # a slice known to reach past the end is refused, so its start is hidden
+    start += pl.program_id(0) * 0
+  return pl.ds(start, wide), jnp.arange(wide) < size

@@ -1,6 +1,7 @@
 """Generation with a cache against the whole model's forward pass, on one device and on meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from configs import deepseek_v3
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.inference import forward, steps, weights
+from moe.inference import forward, quantize, steps, weights
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
@@ -46,7 +47,8 @@ def random_parameters(config):
 
 @pytest.fixture(scope='module')
 def full_logits(mesh_of, fast_jit):
-  """full_logits(config, tokens): float32 [S, V] of the main model, and of the MTP module if there is one."""
+  """full_logits(config, tokens, scheme): float32 [S, V] of the main model, and of the MTP module if there is one, from
+  parameters rounded to `scheme`."""
 
   def run(config, params, bias_LE, token_BS):
     built, ones = transformer.build(config, params, bias_LE), jnp.ones_like(token_BS)
@@ -61,7 +63,7 @@ def full_logits(mesh_of, fast_jit):
 
   compiled = {}
 
-  def full_logits(config, tokens):
+  def full_logits(config, tokens, scheme='none'):
     if config not in compiled:
       inside = lambda params, bias_LE, token_BS: run(config, params, bias_LE, token_BS)
       specs = (P(), P(), P(BATCH_AXES))
@@ -70,7 +72,8 @@ def full_logits(mesh_of, fast_jit):
       )
     token_BS = np.zeros((1, CAPACITY), np.int32)
     token_BS[0, : len(tokens)] = tokens
-    found = compiled[config](*random_parameters(config), token_BS)
+    params, bias_LE = random_parameters(config)
+    found = compiled[config](quantize.rounded(params, scheme), bias_LE, token_BS)
     return [np.asarray(logits_BSV)[0, : len(tokens), : config.model.vocab_size] for logits_BSV in found]
 
   return full_logits
@@ -78,13 +81,13 @@ def full_logits(mesh_of, fast_jit):
 
 @pytest.fixture(scope='module')
 def generator(mesh_of):
-  """generator(config, mesh sizes, drafts, how, eos_id): with three slots, prompts in chunks of 4."""
+  """generator(config, mesh sizes, drafts, how, eos_id, scheme): with three slots, prompts in chunks of 4."""
 
-  def generator(config, sizes=(), drafts=0, how=GREEDY, eos_id=NO_EOS):
+  def generator(config, sizes=(), drafts=0, how=GREEDY, eos_id=NO_EOS, scheme='none'):
     mesh = mesh_of(**dict(sizes))
     dispatch = 'local' if mesh.shape['expert'] == 1 else 'all_gather'
     config = dataclasses.replace(config, dispatch=dispatch)
-    ready = weights.prepare(*random_parameters(config), config, mesh)
+    ready = weights.prepare(*random_parameters(config), config, mesh, scheme)
     settings = Settings(config, how, eos_id, CAPACITY, drafts)
     return Generator(ready, settings, mesh, slots=3, prompt_chunk=4, steps_per_call=5)
 
@@ -104,9 +107,9 @@ def greedy_by_full_passes(full_logits, config, prompt):
   return tokens[len(prompt) :]
 
 
-def cached_logits(config, mesh, tokens, chunks):
+def cached_logits(config, mesh, tokens, chunks, scheme='none'):
   """float32 [S, V] of one sequence, run in chunks of these sizes, with the cache in between."""
-  ready = weights.prepare(*random_parameters(config), config, mesh)
+  ready = weights.prepare(*random_parameters(config), config, mesh, scheme)
   specs = weights.specs(ready, mesh), forward.cache_specs(config, mtp=False)
 
   def run(w, cache, token_BS, length_B):
@@ -144,6 +147,41 @@ def test_chunks_with_a_cache_give_the_full_forward_pass(variant, model, full_log
   for chunks in ([16], [7, 1, 1, 7]):
     got = cached_logits(config, mesh_of(), tokens, chunks)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+# Each shard of two begins where a block of 128 does, and so do matrices that are joined: the same scales everywhere.
+WIDE = {
+  'num_heads': 4, 'd_model': 32, 'd_ff': 256, 'd_expert': 256,
+  'q_lora_rank': 0, 'kv_lora_rank': 48, 'qk_nope_dim': 48, 'qk_rope_dim': 16, 'v_dim': 64,
+}  # fmt: skip
+WIDE_MHA = WIDE | {'attention': 'mha', 'qk_nope_dim': 0, 'qk_rope_dim': 32, 'v_dim': 32}
+
+
+@pytest.mark.parametrize(('sizes', 'changes', 'scheme'), [((('tensor', 2),), {}, 'none'), ((), WIDE_MHA, 'mxfp4')])
+def test_chunks_of_many_rows(sizes, changes, scheme, model, full_logits, mesh_of, monkeypatch):
+  """They are multiplied by other kernels, with dequantised weights."""
+  monkeypatch.setattr(forward, 'FEW', 0)
+  monkeypatch.setattr(forward, 'FEW_DENSE', 0)
+  config = resolved(dataclasses.replace(model, **changes))
+  tokens = np.random.default_rng(3).integers(0, model.vocab_size, 16).tolist()
+  want = full_logits(config, tokens, scheme)[0]
+  got = cached_logits(config, mesh_of(**dict(sizes)), tokens, [16], scheme)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5 * np.abs(want).max())
+
+
+def test_quantised_weights_give_the_tokens_of_rounded_ones(model, full_logits, generator):
+  config = resolved(dataclasses.replace(model, **WIDE_MHA))
+  want = [greedy_by_full_passes(functools.partial(full_logits, scheme='mxfp4'), config, prompt) for prompt in PROMPTS]
+  assert tokens_of(generator(config, scheme='mxfp4')) == want
+  assert greedy_by_full_passes(full_logits, config, PROMPTS[1]) != want[1]
+
+
+@pytest.mark.parametrize(('scheme', 'axes'), [('fp8', ['tensor']), ('mxfp4', ['tensor', 'expert'])])
+def test_quantised_weights_on_every_mesh(scheme, axes, model, generator):
+  config = resolved(dataclasses.replace(model, mtp_depth=0, **WIDE))
+  want = tokens_of(generator(config, scheme=scheme))
+  for axis in axes:
+    assert tokens_of(generator(config, ((axis, 2),), scheme=scheme)) == want
 
 
 @pytest.fixture(scope='module')
@@ -239,11 +277,18 @@ def test_cache_of_deepseek_v3():
     ([[1, 40]], 1, 'prompt 0 has token 40; the model knows 0 to 39'),
     ([[1] * 20], 5, 'prompt 0 of 20 tokens and 5 new ones do not fit the cache of 24'),
     ([[1]], 0, 'max_tokens = 0 must be at least 1'),
+    ([[3, -2]], 1, 'prompt 0 has token -2'),
   ],
 )
 def test_bad_requests(prompts, new, says, model, generator):
   with pytest.raises(UserError, match=says):
     generator(resolved(model)).run(prompts, new, [0] * len(prompts))
+
+
+@pytest.mark.parametrize(('seeds', 'says'), [([-1], 'seed = -1'), ([2**32], 'seed = 4294967296'), ([1, 2], '2 seeds')])
+def test_bad_seeds(seeds, says, model, generator):
+  with pytest.raises(UserError, match=says):
+    generator(resolved(model)).run([[1]], 1, seeds)
 
 
 def test_drafts_need_an_mtp_module(model, generator):

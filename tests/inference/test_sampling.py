@@ -35,9 +35,22 @@ def test_distribution(how):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
+def test_ties_at_a_limit_all_stay():
+  logits_V = jnp.log(jnp.array([0.1, 0.2, 0.1, 0.2, 0.4]))
+  for how, kept in ((Sampling(1.0, 2), [1, 3, 4]), (Sampling(1.0, 0, 0.5), [1, 3, 4]), (Sampling(1.0, 1), [4])):
+    assert np.flatnonzero(distribution(logits_V, how)).tolist() == kept
+
+
 @pytest.mark.parametrize(
   ('how', 'says'),
-  [((-0.1, 0, 1.0), 'temperature'), ((1.0, -1, 1.0), 'top_k'), ((1.0, 0, 0.0), 'top_p'), ((1.0, 0, 1.1), 'top_p')],
+  [
+    ((-0.1, 0, 1.0), 'temperature'),
+    ((1e-9, 0, 1.0), 'temperature'),
+    ((float('nan'), 0, 1.0), 'temperature'),
+    ((1.0, -1, 1.0), 'top_k'),
+    ((1.0, 0, 0.0), 'top_p'),
+    ((1.0, 0, 1.1), 'top_p'),
+  ],
 )
 def test_bad_settings(how, says):
   with pytest.raises(UserError, match=says):

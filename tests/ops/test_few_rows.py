@@ -127,6 +127,12 @@ def test_the_kernel_interpreted_in_float32(load, kind):
   assert_near(y, exact(x, matrices[:1], sizes), jnp.float32)
 
 
+def test_weights_of_two_kinds_are_refused():
+  x, ws, sizes, _ = inputs('uneven', 64, 32, 'fp8', jnp.bfloat16)
+  with pytest.raises(ValueError, match='must be of one kind, not Fp8Weight, '):
+    few_rows_gpu.products(x, (ws[0], weights.dequantize(ws[1], jnp.bfloat16)), sizes, interpret=True)
+
+
 def test_rows_of_any_size_survive_in_float16():
   """bfloat16 reaches 2^127; a row's small values keep their bits down to 2^-29 of its largest."""
   x = jnp.asarray([[2.0**120, -1.5 * 2.0**92], [2.0**-100, 2.0**-126], [0, 0]], jnp.bfloat16)
