@@ -86,6 +86,7 @@ class Generator:
     self.weights, self.settings, self.mesh = weights, settings, mesh
     self.prompt_chunk, self.steps_per_call = prompt_chunk, steps_per_call
     self._batch = NamedSharding(mesh, P(BATCH_AXES))
+    self._empty_cache = self._cache_maker()
     step = steps.speculate if settings.drafts else steps.decode
 
     def decode(w, slots):
@@ -188,10 +189,14 @@ class Generator:
     hidden_BKD = np.zeros((self.slots, drafts + 1, config.model.d_model), jnp.dtype(config.precision.compute))
     next_BK = np.zeros((self.slots, drafts + 1), np.int32)
     host = Slots(zero_B, zero_B, zero_B > 0, last_B, seed_B, hidden_BKD, next_BK, zero_B, ())
-    shapes = forward.cache_shapes(config, self.slots, self.settings.capacity, mtp=drafts > 0)
+    return jax.tree.map(self._put, host)._replace(cache=self._empty_cache())
+
+  def _cache_maker(self):
+    """A compiled function that makes an empty cache."""
+    shapes = forward.cache_shapes(self.settings.config, self.slots, self.settings.capacity, self.settings.drafts > 0)
     place = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self._slots_spec().cache)
     make = lambda: jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
-    return jax.tree.map(self._put, host)._replace(cache=jax.jit(make, out_shardings=place)())
+    return jax.jit(make, out_shardings=place)
 
   def _slots_spec(self) -> Slots:
     one = P(BATCH_AXES)

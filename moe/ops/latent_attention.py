@@ -43,11 +43,14 @@ def attend(q_BSHW: jax.Array, cache_BTW: jax.Array, position_BS: jax.Array, scal
 
 
 def _plain(q_BSHW, cache_BTW, position_BS, scale: float, width: int):
-  scores_BHST = jnp.einsum('bshw,btw->bhst', q_BSHW, cache_BTW, preferred_element_type=jnp.float32) * scale
-  seen_BST = jnp.arange(cache_BTW.shape[1]) <= position_BS[..., None]
-  probs_BHST = jax.nn.softmax(jnp.where(seen_BST[:, None], scores_BHST, MASKED), axis=-1).astype(cache_BTW.dtype)
+  B, S, H, W = q_BSHW.shape
+  # Queries of all heads as the rows of one product per sequence: XLA:CPU takes a third of the time that way.
+  q_BMW, position_BM = q_BSHW.reshape(B, S * H, W), jnp.repeat(position_BS, H, axis=1)
+  scores_BMT = jnp.einsum('bmw,btw->bmt', q_BMW, cache_BTW, preferred_element_type=jnp.float32) * scale
+  seen_BMT = jnp.arange(cache_BTW.shape[1]) <= position_BM[..., None]
+  probs_BMT = jax.nn.softmax(jnp.where(seen_BMT, scores_BMT, MASKED), axis=-1).astype(cache_BTW.dtype)
   # Over the whole width, since a slice of the cache would be a copy of it.
-  return jnp.einsum('bhst,btw->bshw', probs_BHST, cache_BTW)[..., :width]
+  return jnp.einsum('bmt,btw->bmw', probs_BMT, cache_BTW).reshape(B, S, H, W)[..., :width]
 
 
 def _on_gpu(q_BSHW, cache_BTW, position_BS, scale: float, width: int, interpret: bool = False):
