@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 NEEDS = "needs the extra of the notebooks: pip install -e '.[notebooks]'"
@@ -14,20 +15,17 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
 
 
-def test_they_are_five():
-  assert [path.stem[:2] for path in NOTEBOOKS] == ['01', '02', '03', '04', '05']
-
-
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::PendingDeprecationWarning')
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, monkeypatch):
+def test_it_runs(path, monkeypatch, tmp_path):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   for name in [name for name in os.environ if name.startswith('XLA_')]:
     monkeypatch.delenv(name)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(jax.config.jax_compilation_cache_dir))
+  monkeypatch.setenv('TMPDIR', str(tmp_path))
   notebook = nbformat.read(path, 4)
   client = nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(path.parent)}})
   client.execute()  # raises at the first cell that fails
-  assert any(cell.get('outputs') for cell in notebook.cells)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

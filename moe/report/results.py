@@ -66,9 +66,13 @@ class Results:
     """The variant that the others are compared with: the first declared."""
     return self.sweep.variants[0].name
 
-  def of(self, variant: str, finished: bool = True) -> list[Member]:
-    """Runs of a variant by seed, the unfinished ones only if `finished` is False."""
-    return [m for m in self.members if m.variant == variant and (m.finished or not finished)]
+  def of(self, variant: str) -> list[Member]:
+    """Finished runs of a variant, by seed."""
+    return [m for m in self.members if m.variant == variant and m.finished]
+
+  def shown(self, variant: str) -> list[Member]:
+    """Runs whose curves are drawn: the finished ones, or as long as there are none, what there is; by seed."""
+    return self.of(variant) or [m for m in self.members if m.variant == variant]
 
   def spread(self, variant: str, key: str) -> Spread | None:
     """Of a value over the finished runs of a variant that have it; None if none has."""
@@ -77,16 +81,16 @@ class Results:
       return None
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
+  def pairs(self, variant: str, key: str) -> tuple[list[float], list[float]]:
+    """(the baseline's values, the variant's) of the seeds for which both are finished and have the value."""
+    base = {m.seed: m.values[key] for m in self.of(self.baseline) if m.values[key] is not None}
+    common = [m for m in self.of(variant) if m.seed in base and m.values[key] is not None]
+    return [base[m.seed] for m in common], [m.values[key] for m in common]
+
   def against_baseline(self, key: str) -> dict[str, Difference | None]:
     """For every other variant, its paired difference to the baseline over common finished seeds (p after Holm)."""
-    base = {m.seed: m.values[key] for m in self.of(self.baseline) if m.values[key] is not None}
-    found = {}
-    for variant in self.variants:
-      if variant != self.baseline:
-        pairs = [
-          (base[m.seed], m.values[key]) for m in self.of(variant) if m.seed in base and m.values[key] is not None
-        ]
-        found[variant] = difference([a for a, _ in pairs], [b for _, b in pairs])
+    others = [variant for variant in self.variants if variant != self.baseline]
+    found = {variant: difference(*self.pairs(variant, key)) for variant in others}
     adjusted = holm([d.p if d else None for d in found.values()])
     return {name: d and d._replace(p=p) for (name, d), p in zip(found.items(), adjusted, strict=True)}
 
@@ -112,8 +116,9 @@ def load_results(path: pathlib.Path) -> Results:
       reached = f'step {summary["steps"]} of {planned.config.train.steps}'
       missing.append((planned.folder, f'{reached}; {words}' if words.startswith('error: ') else reached))
     values = {key: summary[key] for key, _, _ in METRICS}
-    values |= {f'throughput_{n}': imbalance.relative_throughput(run, n) for n in devices if _splits(run, n)}
-    values = {f'throughput_{n}': None for n in devices} | values
+    num_experts = run.setting('model.num_experts')  # a variant may have others than the base
+    for n in devices:
+      values[f'throughput_{n}'] = None if num_experts % n else imbalance.relative_throughput(run, n)
     members.append(Member(planned.variant, planned.seed, run, summary['finished'], values))
   if not members:
     raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step yet')
@@ -162,7 +167,3 @@ def _balance_only(results, member):
   overrides = next(v.overrides for v in results.sweep.variants if v.name == member.variant)
   plain = overrides.get('balance.bias_rule') != 'multiplicative'  # whose bias starts at 1
   return plain and member.run.rows[0]['step'] == 1 and all(key.startswith('balance.') for key in overrides)
-
-
-def _splits(run, devices):
-  return run.setting('model.num_experts') % devices == 0

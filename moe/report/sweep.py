@@ -33,8 +33,8 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
     for key, _, _ in metric_names(results):
       spread = results.spread(variant, key) or Spread(None, None)
       row |= {f'{key}_mean': spread.mean, f'{key}_std': spread.std}
-    gap = against.get(variant) or Difference(0, None, None, None, None)
-    row |= {f'val_loss_difference_{name}': value for name, value in gap._asdict().items()}
+    gap = against.get(variant)
+    row |= {f'val_loss_difference_{name}': getattr(gap, name, None) for name in Difference._fields}
     rows.append(row)
   return rows
 

@@ -31,7 +31,7 @@ def loss_gap(results: Results) -> Figure | None:
   """Running mean of each variant's training loss minus the baseline's on the same batches of the same seed."""
   gaps = {}
   for variant in results.variants:
-    curves = [_gap_of(results, member) for member in results.of(variant, finished=False)]
+    curves = [_gap_of(results, member) for member in results.shown(variant)]
     if variant != results.baseline and (found := _band([curve for curve in curves if curve is not None])):
       gaps[variant] = found
   if not gaps:
@@ -51,7 +51,7 @@ def loss(results: Results) -> Figure | None:
   """Running mean of the training loss."""
   bands = {}
   for variant in results.variants:
-    runs = [member.run.series('loss') for member in results.of(variant, finished=False)]
+    runs = [member.run.series('loss') for member in results.shown(variant)]
     if found := _band([(steps, running_mean(values)) for steps, values in runs if len(steps)]):
       bands[variant] = found
   if not bands:
@@ -69,7 +69,7 @@ def max_vio(results: Results) -> Figure | None:
   """Running mean of MaxVio of the training batches, mean over layers."""
   bands, floors = {}, []
   for variant in results.variants:
-    members = results.of(variant, finished=False)
+    members = results.shown(variant)
     runs = [member.run.series('max_vio_batch') for member in members]
     if found := _band([(steps, running_mean(values)) for steps, values in runs if len(steps)]):
       bands[variant] = found
@@ -138,15 +138,14 @@ def quality(results: Results) -> Figure | None:
   if not gaps:
     return None
   figure, axes = _by_variant(gaps, 'validation loss - that of ' + results.baseline + ', nats per token')
-  base = {member.seed: member.values['val_loss'] for member in results.of(results.baseline)}
   axes.axvline(0, color=BASE_COLOR, linewidth=1.2)
   for row, (variant, gap) in enumerate(gaps.items()):
     style = _style(results, variant)
     if gap.low is not None:
       axes.plot([gap.low, gap.high], [row, row], color=style['color'], linewidth=2)
-    seeds = [member.values['val_loss'] - base[member.seed] for member in results.of(variant) if member.seed in base]
     if gap.seeds > 1:
-      axes.plot(seeds, [row] * len(seeds), '|', color=style['color'], markersize=9)
+      base, other = results.pairs(variant, 'val_loss')
+      axes.plot(np.subtract(other, base), [row] * gap.seeds, '|', color=style['color'], markersize=9)
     axes.plot(gap.mean, row, markersize=8, **style)
   return figure
 
@@ -166,13 +165,13 @@ def throughput(results: Results) -> Figure | None:
     axes.plot([min(values), max(values)], [row, row], color='#d0d7de', linewidth=3, zorder=1)
   for n, shade, values in zip(results.devices, shades, zip(*found.values(), strict=True), strict=True):
     axes.plot(values, range(len(found)), 'o', color=shade, markersize=7, label=f'{n} devices', zorder=2)
-  axes.set_xlim(right=101)
+  axes.set_xlim(right=max(101, 1.01 * max(map(max, found.values()))))
   figure.legend(loc='outside upper right', ncols=3, frameon=False)
   return figure
 
 
 def _gap_of(results, member):
-  base = [m for m in results.of(results.baseline, finished=False) if m.seed == member.seed]
+  base = [m for m in results.members if m.variant == results.baseline and m.seed == member.seed]
   if not base:
     return None
   (steps, losses), (base_steps, base_losses) = member.run.series('loss'), base[0].run.series('loss')
@@ -245,7 +244,7 @@ def _style(results, variant):
 
 
 def _kind(results, variant):
-  run = results.of(variant, finished=False)[0].run
+  run = results.shown(variant)[0].run
   bias, loss = (run.setting(f'balance.{key}') != 'none' for key in ('bias_rule', 'aux_loss'))
   return 'both' if bias and loss else 'router bias' if bias else 'auxiliary loss' if loss else 'no balancing'
 

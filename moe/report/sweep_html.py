@@ -77,7 +77,8 @@ def spread_text(spread: Spread | None) -> str:
 _RESULTS = (
   'Mean over the finished seeds ± standard deviation; bold: best of a column. "Speed on N" is modelled: training on N '
   'devices that share the experts, relative to even loads (see below). Balance is measured on the validation set '
-  '(global) and on training batches (batch, last 10% of the steps); entropy is 1 when balanced.'
+  '(global) and on training batches (batch, last 10% of the steps); entropy is 1 when balanced. Tokens/s are as '
+  'measured, less where runs shared a machine.'
 )
 _PARETO = (
   'Each point a variant, bars the standard deviation over seeds; below and left is better. A line joins variants that '
@@ -85,7 +86,8 @@ _PARETO = (
 )
 _SIGNIFICANCE = (
   'Paired over seeds: both runs of a pair had the same initial weights and batches. Marks are seeds, bars the 95% '
-  'interval of the mean by Student’s t; p is that of the paired t-test after Holm’s correction. One seed: no test.'
+  'interval of the mean by Student’s t, for one variant by itself; p is that of the paired t-test after Holm’s '
+  'correction for all variants. One seed: no test.'
 )
 _COST = (
   'A model, not a measurement: experts spread over so many devices, the slowest of which decides each layer; loads of '
@@ -150,9 +152,9 @@ def _cell(spread, is_best, key):
 
 def _differences(results):
   rows = []
-  for variant, gap in results.against_baseline('val_loss').items():
-    vio = results.against_baseline('max_vio_global')[variant]
-    if gap and vio:
+  losses, vios = (results.against_baseline(key) for key in ('val_loss', 'max_vio_global'))
+  for variant, gap in losses.items():
+    if gap and (vio := vios[variant]):
       rows.append(
         f'<tr><th scope="row">{escape(variant)}</th><td class="number">{gap.seeds}</td>'
         f'{_gap_cells(gap)}{_gap_cells(vio)}</tr>'

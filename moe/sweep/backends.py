@@ -31,10 +31,7 @@ class Local:
     return self._pool.submit(self._run, job)
 
   def result(self, future: concurrent.futures.Future, job: Job) -> Result:
-    try:
-      return future.result()
-    except UserError as error:
-      return Result(job.name, 'failed', str(error))
+    return future.result()
 
   def stop(self) -> None:
     self._stop.set()
@@ -103,8 +100,6 @@ class Ray:
     del self._references[future]
     try:
       return future.result()
-    except UserError as error:
-      return Result(job.name, 'failed', str(error))
     except self._ray.exceptions.TaskCancelledError:
       return Result(job.name, 'stopped', 'the same command continues')
     except self._ray.exceptions.RayError as error:

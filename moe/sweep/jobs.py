@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import tqdm
 
-from moe.errors import UserError
 from moe.sweep.manifest import RunOf
 from moe.sweep.variants import flatten
 
@@ -96,11 +95,7 @@ def run_all(jobs: Sequence[Job], backend, limit: int) -> list[Result]:
 
 
 def run_job(job: Job, environment: dict[str, str], stop: threading.Event) -> Result:
-  """Runs one job to its end in a child process; if `stop` is set, asks the child to save and end.
-
-  Raises:
-    UserError: its folder cannot be made or written to.
-  """
+  """Runs one job to its end in a child process; if `stop` is set, asks the child to save and end."""
   status = 0
   try:
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +105,7 @@ def run_job(job: Job, environment: dict[str, str], stop: threading.Event) -> Res
       if not is_finished(job.folder):  # whoever held the lock before may have finished it
         status = _run_child(job, environment, stop, lock, log)
   except OSError as error:
-    raise UserError(f'cannot run in {job.folder}: {error.strerror}') from error
+    return Result(job.name, 'failed', f'cannot run in {job.folder}: {error.strerror}')
   if is_finished(job.folder):
     return Result(job.name, 'finished')
   if stop.is_set() and status in (0, -signal.SIGTERM):  # the latter before it could save, or had anything to save

@@ -104,13 +104,18 @@ def test_step_time_by_hand(monkeypatch):
   monkeypatch.setattr(imbalance, 'FLOPS_PER_S', 1000.0)
   monkeypatch.setattr(imbalance, 'LINK_BYTES_PER_S', 10.0)
   load_LE = np.array([[30, 10, 20, 20], [20, 20, 20, 20]])
-  # D 5, F 2, K 2: 40 tokens. A copy: 180 FLOPs, 0.18 s; 4 * 5 * 1/2 = 10 bytes, 1 s.
+  # D 5, F 2, K 2: 40 tokens. A copy: 180 FLOPs, 0.18 s; 8 * 5 * 1/2 = 20 bytes, 2 s.
   real_s, even_s = imbalance.step_s(load_LE, 2, 5000.0, 5, 2, 2)
   other_s = (40 * 5000 - 160 * 180) / 2 / 1000
-  assert even_s == pytest.approx(other_s + 80 * 1.18)
-  assert real_s == pytest.approx(other_s + 80 * 1.18)  # two devices have 40 copies each
+  assert even_s == pytest.approx(other_s + 80 * 2.18)
+  assert real_s == pytest.approx(other_s + 80 * 2.18)  # two devices have 40 copies each
   real_s, _ = imbalance.step_s(load_LE, 4, 5000.0, 5, 2, 2)
-  assert real_s == pytest.approx(other_s / 2 + (30 + 20) * (0.18 + 1.5))
+  assert real_s == pytest.approx(other_s / 2 + (30 + 20) * (0.18 + 3))
+  # Capacity 1.25 * 20 = 25: 5 of the 30 are dropped, so the two devices of the first layer have 35 and 40 copies.
+  real_s, even_s = imbalance.step_s(load_LE, 2, 5000.0, 5, 2, 2, capacity_factor=1.25)
+  assert real_s == even_s == pytest.approx(other_s + 80 * 2.18)
+  real_s, _ = imbalance.step_s(load_LE, 4, 5000.0, 5, 2, 2, capacity_factor=1.25)
+  assert real_s == pytest.approx(other_s / 2 + (25 + 20) * (0.18 + 3))
 
 
 def test_throughput_falls_with_imbalance_and_devices(whole):
@@ -156,7 +161,7 @@ def test_spreads_have_as_many_decimals_as_they_deserve(spread, text):
 
 def test_figures_are_the_same_each_time(whole):
   results = load_results(whole)
-  for figure in (sweep_figures.pareto, sweep_figures.heat_maps, sweep_figures.loss_gap):
+  for figure in (sweep_figures.pareto, sweep_figures.heat_maps):
     assert image('x', figure(results)) == image('x', figure(results))
 
 
@@ -191,6 +196,22 @@ def test_partial_sweep(sweep):
   page = (sweep / 'report.html').read_text()
   assert '7 of 12 runs finished' in page
   assert 'none,seed=1: step 20 of 40' in page
+
+
+def test_a_seed_that_has_just_begun_does_not_cut_the_curves_of_the_others(sweep):
+  run = sweep / 'none,seed=1'
+  (run / 'evals.jsonl').unlink()
+  (run / 'metrics.jsonl').write_text(''.join((run / 'metrics.jsonl').read_text().splitlines(True)[:2]))
+  axes = sweep_figures.loss(load_results(sweep)).axes[0]
+  assert {line.get_label(): line.get_xdata()[-1] for line in axes.lines} == dict.fromkeys(fake_sweep.VARIANTS, 40)
+
+
+def test_a_run_whose_loss_is_not_a_number_is_left_out(sweep):
+  for variant in ('sign', 'none'):
+    change_rows(sweep / f'{variant},seed=1' / 'evals.jsonl', lambda row: row | {'val_loss': math.nan})
+  write_sweep_report(sweep)
+  found = load_results(sweep).against_baseline('val_loss')
+  assert {variant: gap.seeds for variant, gap in found.items()} == {'none': 2, 'switch_0.001': 2, 'switch_0.01': 2}
 
 
 def test_one_running_run_is_enough(tmp_path):

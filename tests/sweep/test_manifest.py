@@ -7,6 +7,7 @@ import pytest
 
 from moe.config import Config
 from moe.errors import UserError
+from moe.state import count_parameters
 from moe.sweep import declared, manifest
 from moe.sweep.variants import axis, named, overlay
 
@@ -135,15 +136,13 @@ def test_balance_holds_all_but_the_balancing_equal():
   assert gammas == {loaded.base.balance.gamma}
 
 
-def test_the_h200_scale_is_as_large_as_it_says():
-  base = load(scale='h200').base
-  model = base.model
-  assert (model.num_experts, model.top_k, model.num_shared_experts) == (64, 6, 2)
-  assert model.num_moe_layers >= 9
-  assert 512 <= model.d_model <= 1024
-  assert base.train.steps >= 1500
-  assert base.train.steps * base.train.batch_size * base.data.seq_len >= 40e6
-  assert 16_000 <= model.vocab_size <= 32_768
+@pytest.mark.parametrize(
+  ('scale', 'parameters', 'steps', 'tokens'), [('tiny', 0.54e6, 300, 2048), ('h200', 0.57e9, 1600, 32_768)]
+)
+def test_scales_are_as_large_as_they_say(scale, parameters, steps, tokens):
+  base = load(scale=scale).base
+  assert count_parameters(base)[0] == pytest.approx(parameters, rel=0.01)
+  assert (base.train.steps, base.train.batch_size * base.data.seq_len) == (steps, tokens)
 
 
 def test_scope_varies_the_tokens_that_are_counted_over():
