@@ -1,5 +1,7 @@
 # `make demo` and `make test` each work alone on a fresh machine: they make the virtual environment in .venv.
 PYTHON ?= python3
+# Where pip may look for torch, too: https://download.pytorch.org/whl/cpu spares Linux the gigabytes of CUDA.
+TORCH_INDEX ?=
 BIN := .venv/bin
 
 .PHONY: demo test test-live lint clean
@@ -28,7 +30,7 @@ lint: .venv/installed  ## what CI checks of the source text
 	$(PYTHON) -m venv .venv-torch
 	echo '*' > .venv-torch/.gitignore
 	.venv-torch/bin/pip install --quiet --upgrade pip
-	.venv-torch/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0 transformers
+	.venv-torch/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 transformers
 	.venv-torch/bin/pip install --quiet --editable '.[test]'
 	touch $@
 
