@@ -49,6 +49,9 @@ def measure(config: Config, repeats: int) -> list[dict]:
       with rows.attempt(of_batch := {}, name):
         of_batch[name] = ours(ready, config, mesh, batch, repeats, bytes_per_s)
       found.append({'shape': f'batch {batch}', 'name': name} | of_batch[name])
+      timing.say(
+        f'generate: {name}, batch {batch}: {of_batch[name].get("decode_tokens_per_s", 0):,.0f} tokens/s decoding'
+      )
   for batch in BATCHES if peer else ():
     timing.say(f'generate: {peers.NAME}, batch {batch}')
     found.append({'shape': f'batch {batch}', 'name': peers.NAME} | theirs(peer, config, batch, found))

@@ -83,6 +83,7 @@ def measure(
   for name, s in timing.median_s(calls, repeats, inner).items():
     rate = shape.tflop / s
     found[name] = {'s': s, 'tflop_per_s': rate, 'of_dense': rate / dense_tflop_per_s} | found[name]
+    say(f'{name}: {s * 1e3:.2f} ms, {rate:.3g} TFLOP/s')  # a run that is cut off later has said this much
     if profiled and name.startswith('ours'):
       say(f'{name}: profile')
       found[name]['profile'] = profile.top_kernels(calls[name])
