@@ -68,7 +68,7 @@ def main(argv):
   prompts = [encode(text, model.tokenizer) for text in PROMPT.value]
   seeds = [SEED.value + i for i in range(len(prompts))]
   capacity = CACHE_TOKENS.value or max(map(len, prompts)) + MAX_TOKENS.value
-  settings = Settings(model.config, how, model.eos_id, capacity, DRAFTS.value)
+  settings = Settings(model.config, how, model.eos_ids, capacity, DRAFTS.value)
   generate.check_request(prompts, MAX_TOKENS.value, seeds, len(prompts), settings)
   ready = weights.prepare(model.params, model.bias_LE, model.config, model.mesh, QUANTIZE.value)
   model = model._replace(params={})  # so that the memory is there for the cache

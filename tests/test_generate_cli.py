@@ -146,13 +146,18 @@ def test_evaluation(run, folder, corpus, script, capsys):
 
 
 def test_what_a_folder_says(run, folder, tmp_path):
-  """Its dtype, its end token, and how long its sequences are; a run ends where the next document would begin."""
+  """Its dtype, its end tokens, and how long its sequences are; a run ends where the next document would begin."""
   model = load.load(folder, MeshConfig())
   assert (model.config.precision.compute, model.config.data.seq_len) == ('float32', 32)
-  assert model.eos_id == load.load(run, MeshConfig()).eos_id == model.tokenizer.bos_id
+  assert model.eos_ids == load.load(run, MeshConfig()).eos_ids == (model.tokenizer.bos_id,)
   other = with_fields(folder, tmp_path / 'other', eos_token_id=[7, 9], torch_dtype='bfloat16')
   model = load.load(other, MeshConfig())
-  assert (model.config.precision.compute, model.eos_id) == ('bfloat16', 7)
+  assert (model.config.precision.compute, model.eos_ids) == ('bfloat16', (7, 9))
+  (other / 'generation_config.json').write_text('{"eos_token_id": 5}')
+  assert load.load(other, MeshConfig()).eos_ids == (5,)
+  (other / 'generation_config.json').write_text('[')
+  with pytest.raises(UserError, match='generation_config.json is not a JSON object'):
+    load.load(other, MeshConfig())
 
 
 def with_fields(folder, target, **fields):

@@ -61,7 +61,7 @@ def measure(config: Config, repeats: int) -> list[dict]:
 def ours(ready, config: Config, mesh, batch: int, repeats: int, bytes_per_s: float) -> dict:
   """One contender's row. 'of_floor': the time that reading the weights must take, over the time a step takes."""
   timing.say(f'generate: batch {batch}, compile')
-  settings = Settings(config, Sampling(), eos_id=-1, capacity=PROMPT + NEW, drafts=0)
+  settings = Settings(config, Sampling(), eos_ids=(), capacity=PROMPT + NEW, drafts=0)
   generator = generate.Generator(ready, settings, mesh, batch, PROMPT, steps_per_call=NEW - 1)
   call = lambda: generator.run(prompts(config, batch), NEW, range(batch))
   completions, _ = call()

@@ -122,7 +122,7 @@ class Generator:
       tokens = [int(token) for token in tokens if token != NO_TOKEN]
       if finish[row] or not tokens:
         return
-      ended = tokens[-1] == self.settings.eos_id
+      ended = tokens[-1] in self.settings.eos_ids
       found[row] += tokens[: len(tokens) - ended]
       stopped = on_tokens(row, tokens[: len(tokens) - ended])
       finish[row] = 'end' if ended else 'stopped' if stopped else 'length' if len(found[row]) == max_tokens else ''
@@ -262,7 +262,7 @@ def continuation(
     config: with every 'auto' resolved.
   """
   prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]
-  settings = Settings(config, how, tokenizer.bos_id, len(prompt) + max_tokens, drafts=0)
+  settings = Settings(config, how, (tokenizer.bos_id,), len(prompt) + max_tokens, drafts=0)
   generator = Generator(prepare(params, bias_LE, config, mesh), settings, mesh, slots=1, prompt_chunk=len(prompt))
   (completion,), _ = generator.run([prompt], max_tokens, [seed % 2**32])
   return tokenizer.decode(prompt + completion.tokens)

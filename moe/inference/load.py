@@ -1,6 +1,7 @@
 """A trained model, ready to generate: from a run directory or a Hugging Face folder."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from moe.step import resolve
 
 class Model(NamedTuple):
   """config: with every 'auto' resolved. params, bias_LE: as in training, on `mesh`. step: of the checkpoint, 0 of a
-  Hugging Face one. eos_id: token that ends a sequence. remarks: lines for the user."""
+  Hugging Face one. eos_ids: tokens that end a sequence. remarks: lines for the user."""
 
   config: Config
   mesh: jax.sharding.Mesh
@@ -34,7 +35,7 @@ class Model(NamedTuple):
   bias_LE: jax.Array
   tokenizer: Tokenizer
   step: int
-  eos_id: int
+  eos_ids: tuple[int, ...]
   remarks: list[str]
 
 
@@ -73,7 +74,7 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     step = 0
   else:
     params, bias_LE, step = _restore(path, config, device_mesh)
-  return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_id(fields, read_by), remarks)
+  return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_ids(path, fields, read_by), remarks)
 
 
 def _config_of(model, fields):
@@ -98,12 +99,17 @@ def _tokenizer(path, given, vocab_size):
   return tokenizer
 
 
-def _eos_id(fields, tokenizer):
-  """The end token that a Hugging Face folder names, the first of several; else BOS, as in our runs, where the next
-  document begins."""
-  named = fields.get('eos_token_id')
-  named = named[0] if isinstance(named, list) and named else named
-  return named if isinstance(named, int) else tokenizer.bos_id
+def _eos_ids(path, fields, tokenizer):
+  """The end tokens that a Hugging Face folder names, in its generation_config.json or else its config.json; where none
+  is named BOS, as in our runs, where the next document begins."""
+  file = path / 'generation_config.json'
+  try:
+    named = json.loads(file.read_text()).get('eos_token_id') if file.is_file() else None
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'{file} is not a JSON object: {error}') from error
+  named = fields.get('eos_token_id') if named is None else named
+  named = named if isinstance(named, list) else [named]
+  return tuple(token for token in named if isinstance(token, int)) or (tokenizer.bos_id,)
 
 
 def _restore(path, config, mesh):

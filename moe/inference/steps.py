@@ -18,11 +18,11 @@ ACCEPT, DRAFT, TOKEN = range(3)  # purposes of random draws for one position
 
 
 class Settings(NamedTuple):
-  """What is compiled in. eos_id: token that ends a sequence, -1 for none. drafts: proposed tokens per step."""
+  """What is compiled in. eos_ids: tokens that end a sequence. drafts: proposed tokens per step."""
 
   config: Config
   how: Sampling
-  eos_id: int
+  eos_ids: tuple[int, ...]
   capacity: int
   drafts: int
 
@@ -79,7 +79,7 @@ def prefill(w: dict, slots: Slots, token_BS, count_B, ends_B, settings: Settings
   return slots._replace(
     token_B=token_B,
     length_B=length_B,
-    live_B=jnp.where(ends_B, (token_B != settings.eos_id) & (length_B < slots.last_B), slots.live_B),
+    live_B=jnp.where(ends_B, ~_ends(token_B, settings) & (length_B < slots.last_B), slots.live_B),
     hidden_BKD=jnp.where(end_BK[..., None], hidden_BD[:, None], slots.hidden_BKD),
     next_BK=jnp.where(end_BK, token_B[:, None], slots.next_BK),
     count_B=jnp.where(ends_B, 1, slots.count_B),
@@ -169,7 +169,7 @@ def check_drafts(p_BKV, q_BkV, draft_Bk, seed_B, length_B, how: Sampling) -> tup
 def _advance(slots: Slots, next_BK, accepted_B, settings: Settings) -> tuple[Slots, jax.Array]:
   """Slots after the first accepted + 1 of next_BK, up to the end of the sequence; and these tokens."""
   index_K = jnp.arange(next_BK.shape[1])
-  ends_BK = next_BK == settings.eos_id
+  ends_BK = _ends(next_BK, settings)
   ended_BK = jnp.cumsum(ends_BK, axis=1) - ends_BK > 0  # before this token
   wanted_BK = slots.length_B[:, None] + 1 + index_K <= slots.last_B[:, None]
   keep_BK = (index_K <= accepted_B[:, None]) & ~ended_BK & wanted_BK & slots.live_B[:, None]
@@ -179,8 +179,13 @@ def _advance(slots: Slots, next_BK, accepted_B, settings: Settings) -> tuple[Slo
   slots = slots._replace(
     token_B=jnp.where(slots.live_B, newest_B, slots.token_B),
     length_B=length_B,
-    live_B=slots.live_B & (newest_B != settings.eos_id) & (length_B < slots.last_B),
+    live_B=slots.live_B & ~_ends(newest_B, settings) & (length_B < slots.last_B),
     next_BK=next_BK,
     count_B=count_B,
   )
   return slots, jnp.where(keep_BK, next_BK, NO_TOKEN)
+
+
+def _ends(token, settings: Settings) -> jax.Array:
+  """Whether tokens end their sequences: bool, of their shape."""
+  return (token[..., None] == jnp.array(settings.eos_ids, jnp.int32)).any(-1)

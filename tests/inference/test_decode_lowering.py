@@ -30,7 +30,7 @@ def lower(scheme, shape, slots, drafts):
   bias_LE = jax.ShapeDtypeStruct((config.model.num_routers, EXPERTS), jnp.float32)
   prepare = lambda params, bias_LE: weights.prepare(params, bias_LE, config, devices, scheme)
   ready = jax.eval_shape(prepare, transformer.abstract_params(config), bias_LE)
-  made = generate.Generator(ready, Settings(config, Sampling(0.8), 0, CAPACITY, drafts), devices, slots)
+  made = generate.Generator(ready, Settings(config, Sampling(0.8), (0, 1), CAPACITY, drafts), devices, slots)
   one = lambda dtype, *rest: jax.ShapeDtypeStruct((made.slots, *rest), dtype)
   int_B = one(jnp.int32)
   hidden_BKD, next_BK = one(jnp.bfloat16, drafts + 1, D), one(jnp.int32, drafts + 1)

@@ -20,7 +20,7 @@ from moe.mesh import BATCH_AXES
 from moe.model import transformer
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11, 12, 13], [4]]
-NEW, CAPACITY, NO_EOS = 12, 24, -1
+NEW, CAPACITY = 12, 24
 GREEDY = Sampling()
 
 
@@ -81,14 +81,14 @@ def full_logits(mesh_of, fast_jit):
 
 @pytest.fixture(scope='module')
 def generator(mesh_of):
-  """generator(config, mesh sizes, drafts, how, eos_id, scheme): with three slots, prompts in chunks of 4."""
+  """generator(config, mesh sizes, drafts, how, eos_ids, scheme): with three slots, prompts in chunks of 4."""
 
-  def generator(config, sizes=(), drafts=0, how=GREEDY, eos_id=NO_EOS, scheme='none'):
+  def generator(config, sizes=(), drafts=0, how=GREEDY, eos_ids=(), scheme='none'):
     mesh = mesh_of(**dict(sizes))
     dispatch = 'local' if mesh.shape['expert'] == 1 else 'all_gather'
     config = dataclasses.replace(config, dispatch=dispatch)
     ready = weights.prepare(*random_parameters(config), config, mesh, scheme)
-    settings = Settings(config, how, eos_id, CAPACITY, drafts)
+    settings = Settings(config, how, eos_ids, CAPACITY, drafts)
     return Generator(ready, settings, mesh, slots=3, prompt_chunk=4, steps_per_call=5)
 
   return generator
@@ -238,13 +238,14 @@ def test_sampling_depends_on_the_seed_alone(model, generator):
 
 
 def test_sequences_end(model, greedy, generator):
-  """At the token that ends, which is not part of them, at max_tokens, and when the caller says so."""
-  eos_id = greedy[1][4]
-  until = [tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens for tokens in greedy]
+  """At a token that ends, which is not part of them, at max_tokens, and when the caller says so."""
+  eos_ids = greedy[1][4], greedy[0][6]
+  ends = [[i for i, token in enumerate(tokens) if token in eos_ids] for tokens in greedy]
+  until = [tokens[: at[0]] if at else tokens for tokens, at in zip(greedy, ends, strict=True)]
   for drafts in (0, 2):
-    completions, _ = generator(resolved(model), drafts=drafts, eos_id=eos_id).run(PROMPTS, NEW, [0] * 3)
+    completions, _ = generator(resolved(model), drafts=drafts, eos_ids=eos_ids).run(PROMPTS, NEW, [0] * 3)
     assert [completion.tokens for completion in completions] == until
-    assert [completion.finish == 'end' for completion in completions] == [eos_id in tokens for tokens in greedy]
+    assert [completion.finish == 'end' for completion in completions] == [bool(at) for at in ends]
   made, seen = generator(resolved(model)), [[], [], []]
 
   def stop(row, tokens):

@@ -93,7 +93,7 @@ def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):
   np.testing.assert_allclose(ours_BSV, expected_BSV, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours_BSV.argmax(-1)[:, 7:-1], token_BS[:, 8:])  # so greedy decoding writes the same
   config = Config(model=model, dispatch='local', grouped_matmul='blocked')
-  settings = Settings(config, Sampling(), eos_id=-1, capacity=72, drafts=0)
+  settings = Settings(config, Sampling(), eos_ids=(), capacity=72, drafts=0)
   generator = Generator(prepare(params, bias_LE, config, mesh_of()), settings, mesh_of(), slots=2, prompt_chunk=8)
   completions, _ = generator.run(token_BS[:, :8].tolist(), 64, [0, 0])
   assert [completion.tokens for completion in completions] == token_BS[:, 8:].tolist()

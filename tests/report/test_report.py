@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import fake_sweep
 import numpy as np
 import pytest
 
@@ -302,6 +303,14 @@ def test_script_on_a_run_with_drops(tmp_path):
   assert summary == json.loads((path / 'summary.json').read_text())
   assert summary['drop_rate'] == pytest.approx(np.mean([0.1 * math.exp(-step / 100) for step in range(271, 301)]))
   assert 'alt="Drop rate by step"' in (path / 'report.html').read_text()
+
+
+def test_script_reports_sweeps_too(tmp_path):
+  fake_sweep.make(tmp_path / 'sweep', seeds=(0,))
+  done = run_script(tmp_path / 'sweep')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines()[-1] == f'report: {tmp_path / "sweep/report.html"}'
+  assert (tmp_path / 'sweep/report.html').is_file()
 
 
 def test_script_refuses_a_bad_directory_in_one_line(tmp_path):
