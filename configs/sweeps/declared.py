@@ -152,7 +152,6 @@ def h200() -> Config:
       steps=1600,
       batch_size=32,
       microbatches=2,
-      remat='dots',
       unroll_layers=9,
       eval_every=400,
       eval_sequences=256,

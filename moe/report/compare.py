@@ -59,7 +59,7 @@ def plot(base: Run, other: Run, names: tuple[str, str], path: pathlib.Path) -> N
   below.axhline(0, color=GREY, linewidth=1)
   limit = 1.2 * np.quantile(np.abs(100 * (others / losses - 1)), 0.98) or 1
   below.set_ylim(-limit, limit)
-  below.set_ylabel(f'{names[1]} over {names[0]}, %')
+  below.set_ylabel('difference, %')
   below.set_xlabel('step')
   for axes in (above, below):
     axes.spines[['top', 'right']].set_visible(False)
