@@ -21,10 +21,12 @@ from moe.mesh import BATCH_AXES
 from moe.model import dispatch, transformer
 from moe.model.norm import rms_norm
 from moe.model.rope import angles, softmax_scale, turn
-from moe.model.router import route_logits
-from moe.ops import few_rows, grouped_matmul, latent_attention, weights
+from moe.model.router import choose, route_logits
+from moe.ops import few_rows, grouped_matmul, latent_attention, latent_inputs_gpu, weights
+from moe.ops.add_norm import Stream, Sum, add_norm
 from moe.ops.cross_entropy import mask_padding
-from moe.ops.varying import align, vary
+from moe.ops.latent_inputs_gpu import Inputs
+from moe.ops.varying import align, vary, varying_axes
 
 # Rows, per expert and of a dense product, up to which kernels stream each matrix once rather than fill tensor cores.
 FEW, FEW_DENSE = 16, 64
@@ -74,10 +76,11 @@ def run(w: dict, cache: tuple, token_BS: jax.Array, chunk: Chunk, config: Config
     h_BSD before the final norm, and the cache with the chunk's valid tokens in it.
   """
   x_BSD, found = transformer.embed_tokens(w['w_embedding_VD'], token_BS), []
+  stream = Stream(x_BSD.reshape(-1, x_BSD.shape[-1]))
   for layer_w, layer_cache in zip(w['layers'], cache, strict=True):
-    x_BSD, layer_cache = layer(layer_w, layer_cache, x_BSD, chunk, config)
+    stream, layer_cache = layer(layer_w, layer_cache, stream, chunk, config)
     found.append(layer_cache)
-  return x_BSD, tuple(found)
+  return stream.total().reshape(x_BSD.shape), tuple(found)
 
 
 def run_mtp(w: dict, depth: int, cache, hidden_BSD, next_token_BS, chunk: Chunk, config: Config):
@@ -94,7 +97,8 @@ def run_mtp(w: dict, depth: int, cache, hidden_BSD, next_token_BS, chunk: Chunk,
   embedded_BSD = transformer.embed_tokens(w['w_embedding_VD'], next_token_BS)
   embedded_BSD = rms_norm(embedded_BSD, module['scale_embedding_D'], eps)
   x_BSD = hidden_BSD @ module['w_hidden_DD'] + embedded_BSD @ module['w_embedding_DD']
-  return layer(module['layer'], cache, x_BSD, chunk, config)
+  stream, cache = layer(module['layer'], cache, Stream(x_BSD.reshape(-1, x_BSD.shape[-1])), chunk, config)
+  return stream.total().reshape(x_BSD.shape), cache
 
 
 def logits(w: dict, normed_XD: jax.Array, config: ModelConfig) -> jax.Array:
@@ -108,63 +112,84 @@ def logits(w: dict, normed_XD: jax.Array, config: ModelConfig) -> jax.Array:
   return lax.psum(lax.dynamic_update_slice_in_dim(whole_XV, part_XV, at, -1), 'tensor')
 
 
-def layer(w: dict, cache, x_BSD, chunk: Chunk, config: Config):
-  """One layer, dense or with experts: (residual stream, cache)."""
+def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Config) -> tuple[Stream, tuple]:
+  """One layer, dense or with experts, of all tokens T = B * S: the residual stream and the cache."""
   eps = config.model.norm_eps
   attention = mla if config.model.attention == 'mla' else mha
-  normed_BSD = rms_norm(x_BSD, w['scale_attention_D'], eps)
-  y_BSD, cache = attention(w['attention'], cache, normed_BSD, chunk, config.model)
-  x_BSD = x_BSD + lax.psum(y_BSD, 'tensor')
-  h_TD = rms_norm(x_BSD, w['scale_ffn_D'], eps).reshape(-1, x_BSD.shape[-1])
+  x_TD, normed_TD = add_norm(stream, w['scale_attention_D'], eps)
+  parts_PTD, cache = attention(w['attention'], cache, normed_TD, chunk, config.model)
+  x_TD, h_TD = add_norm(Stream(x_TD, (over_shards(Sum(parts_PTD), x_TD.dtype),)), w['scale_ffn_D'], eps)
   if 'experts' in w:
-    y_TD = routed(w, h_TD, chunk.valid_BS.reshape(-1), config)
+    sums = routed(w, h_TD, chunk.valid_BS.reshape(-1), config)
     if 'shared' in w:
-      y_TD = y_TD + feed_forward(w['shared'], h_TD)
+      sums += (Sum(feed_forward(*feed_forward_weights(w['shared']), h_TD)),)
   else:
-    y_TD = feed_forward(w['ffn'], h_TD)
-  return x_BSD + lax.psum(y_TD, 'tensor').reshape(x_BSD.shape), cache
+    sums = (Sum(feed_forward(*feed_forward_weights(w['ffn']), h_TD)),)
+  return Stream(x_TD, tuple(over_shards(one, x_TD.dtype) for one in sums)), cache
 
 
-def mla(w: dict, cache_BSC, x_BSD, chunk: Chunk, model: ModelConfig):
-  """This tensor shard's part of MLA's output [B, S, D], and the cache."""
-  C, N, R = model.kv_lora_rank, model.qk_nope_dim, model.qk_rope_dim
-  down_BSF = project(x_BSD, w['w_in_DF'])
-  query, latent_BSC, rope_BSR = jnp.split(down_BSF, [down_BSF.shape[-1] - C - R, down_BSF.shape[-1] - R], axis=-1)
+def over_shards(part: Sum, dtype) -> Sum:
+  """The sum over shards of `tensor`, each rounded to `dtype`. Of one its parts stay, and only types change."""
+  if lax.axis_size('tensor') == 1:
+    return part._replace(parts_PMD=lax.psum(part.parts_PMD, 'tensor'))
+  return Sum(lax.psum(part.total().astype(dtype), 'tensor')[None])
+
+
+def mla(w: dict, cache_BTW, x_TD, chunk: Chunk, model: ModelConfig):
+  """This tensor shard's part of MLA's output, as parts [P, T, D], and the cache."""
+  down_PTF = query_PTQ = project(x_TD, w['w_in_DF'])
   if model.q_lora_rank:
-    query = project(rms_norm(query, w['scale_query_A'], model.norm_eps), w['w_query_AHN'])
-  q_BSHN = in_heads(query, N + R)
-  latent_BSC = rms_norm(latent_BSC, w['scale_kv_C'], model.norm_eps)
-  rope_BSR = turn(rope_BSR[:, :, None], chunk.cos_BSR, chunk.sin_BSR)[:, :, 0]
-  new_BSC = shared_by_shards(jnp.concatenate([latent_BSC, rope_BSR], axis=-1))
-  cache_BSC = write(cache_BSC, new_BSC, chunk)
-  q_rope_BSHR = turn(q_BSHN[..., N:], chunk.cos_BSR, chunk.sin_BSR)
-  q_BSHC = jnp.concatenate([jnp.einsum('bshn,chn->bshc', q_BSHN[..., :N], w['w_key_CHN']), q_rope_BSHR], axis=-1)
-  out_BSHC = latent_attention.attend(q_BSHC, cache_BSC, chunk.position_BS, softmax_scale(model), C)
-  out_BSHU = jnp.einsum('bshc,chu->bshu', out_BSHC, w['w_value_CHU'])
-  return project(out_BSHU.reshape(*x_BSD.shape[:2], -1), w['w_out_HUD']), cache_BSC
+    query_TA = down_PTF.sum(0)[:, : model.q_lora_rank].astype(x_TD.dtype)
+    query_PTQ = project(rms_norm(query_TA, w['scale_query_A'], model.norm_eps), w['w_query_AHN'])
+  position_BS = jnp.where(chunk.valid_BS, chunk.position_BS, cache_BTW.shape[1])  # past the end: not written
+  inputs = Inputs(
+    query_PTQ, down_PTF, w['w_key_CHN'], w['scale_kv_C'], chunk.cos_BSR, chunk.sin_BSR, position_BS, cache_BTW
+  )
+  absorb = lambda *inputs: absorbed(Inputs(*inputs), model.norm_eps)
+  if lax.axis_size('tensor') == 1 and len(x_TD) <= latent_inputs_gpu.FEW_TOKENS:
+    on_gpu = lambda *inputs: latent_inputs_gpu.absorb(Inputs(*inputs), model.norm_eps)
+    q_BSHW, cache_BTW = lax.platform_dependent(*align(*inputs), cuda=on_gpu, default=absorb)
+    cache_BTW = lax.psum(cache_BTW, 'tensor')  # for its type's sake: there is one shard
+  else:
+    q_BSHW, cache_BTW = absorbed(inputs, model.norm_eps)
+  out_BSHU = latent_attention.attend(q_BSHW, cache_BTW, chunk.position_BS, w['w_value_CHU'], softmax_scale(model))
+  return project(out_BSHU.reshape(len(x_TD), -1), w['w_out_HUD']), cache_BTW
 
 
-def mha(w: dict, cache, x_BSD, chunk: Chunk, model: ModelConfig):
+def absorbed(inputs: Inputs, eps: float):
+  """`latent_inputs_gpu.absorb` for any number of tokens, anywhere, on any number of shards of `tensor`."""
+  (B, S), (C, H, N), cache_BTW = inputs.position_BS.shape, inputs.w_key_CHN.shape, inputs.cache_BTW
+  R, dtype = cache_BTW.shape[2] - C, cache_BTW.dtype
+  summed = lambda parts_PTF: parts_PTF.sum(0).astype(dtype).reshape(B, S, -1)
+  turned = lambda x_BSHR: turn(x_BSHR, inputs.cos_BSR, inputs.sin_BSR)
+  down_BSF = summed(inputs.down_PTF)
+  q_BSHN = in_heads(summed(inputs.query_PTQ)[..., : H * (N + R)], N + R)
+  latent_BSC, rope_BSR = jnp.split(down_BSF[..., -C - R :], [C], axis=-1)
+  latent_BSC = rms_norm(latent_BSC, inputs.scale_C, eps)
+  new_BSW = jnp.concatenate([latent_BSC, turned(rope_BSR[:, :, None])[:, :, 0]], axis=-1)
+  if not varying_axes(cache_BTW) >= varying_axes(new_BSW):  # every shard of `tensor` has computed these alike
+    new_BSW = lax.psum(jnp.where(lax.axis_index('tensor') == 0, new_BSW, 0), 'tensor')
+  absorbed_BSHC = jnp.einsum('bshn,chn->bshc', q_BSHN[..., :N], inputs.w_key_CHN)
+  q_BSHW = jnp.concatenate([absorbed_BSHC, turned(q_BSHN[..., N:])], axis=-1)
+  return q_BSHW, write(cache_BTW, new_BSW, inputs.position_BS)
+
+
+def mha(w: dict, cache, x_TD, chunk: Chunk, model: ModelConfig):
   """The same for plain multi-head attention, whose cache are keys and values."""
   R, U = model.qk_rope_dim, model.v_dim
-  in_BSF = project(x_BSD, w['w_in_DF'])
+  in_BSF = project(x_TD, w['w_in_DF']).sum(0).astype(x_TD.dtype).reshape(*chunk.position_BS.shape, -1)
   heads = in_BSF.shape[-1] // (2 * R + U)
   query, key, value = jnp.split(in_BSF, [heads * R, 2 * heads * R], axis=-1)
   q_BSHR, k_BSHR = (turn(in_heads(a, R), chunk.cos_BSR, chunk.sin_BSR) for a in (query, key))
-  keys, values = write(cache[0], k_BSHR, chunk), write(cache[1], in_heads(value, U), chunk)
+  position_BS = jnp.where(chunk.valid_BS, chunk.position_BS, cache[0].shape[1])  # past the end: not written
+  keys, values = write(cache[0], k_BSHR, position_BS), write(cache[1], in_heads(value, U), position_BS)
   out_BSHU = attend(q_BSHR, keys, values, chunk, softmax_scale(model))
-  return project(out_BSHU.reshape(*x_BSD.shape[:2], -1), w['w_out_HUD']), (keys, values)
+  return project(out_BSHU.reshape(len(x_TD), -1), w['w_out_HUD']), (keys, values)
 
 
-def shared_by_shards(a) -> jax.Array:
-  """What every shard of `tensor` has computed alike, also as its type: the sum of one shard's and of zeros."""
-  return lax.psum(jnp.where(lax.axis_index('tensor') == 0, a, 0), 'tensor')
-
-
-def write(cache, new_BSX, chunk: Chunk):
-  """`cache` [B, capacity, ...] with the chunk's valid rows at their positions."""
+def write(cache, new_BSX, position_BS):
+  """`cache` [B, capacity, ...] with rows at their positions; those past the end are dropped."""
   row_B1 = jnp.arange(len(cache))[:, None]
-  position_BS = jnp.where(chunk.valid_BS, chunk.position_BS, cache.shape[1])  # past the end: dropped
   return cache.at[row_B1, position_BS].set(new_BSX.astype(cache.dtype), mode='drop')
 
 
@@ -176,11 +201,10 @@ def attend(q_BSHR, keys, values, chunk: Chunk, scale: float) -> jax.Array:
   return jnp.einsum('bhst,bthu->bshu', probs_BHST, values)
 
 
-def project(x, w) -> jax.Array:
-  """x [..., K] times w, whose axes are flattened to [K, N] if it is an array of more."""
-  K = x.shape[-1]
-  y = dense(x.reshape(-1, K), w if is_quantized(w) else w.reshape(K, -1))
-  return y.reshape(*x.shape[:-1], -1)
+def project(x_TK, w) -> jax.Array:
+  """x times w, whose axes are flattened to [K, N] if it is an array of more: parts [P, T, N] that add up to that."""
+  w = w if is_quantized(w) else w.reshape(x_TK.shape[-1], -1)
+  return few_rows.parts_dense(x_TK, w) if len(x_TK) <= FEW_DENSE else dense(x_TK, w)[None]
 
 
 def in_heads(x, width: int) -> jax.Array:
@@ -188,38 +212,49 @@ def in_heads(x, width: int) -> jax.Array:
   return x.reshape(*x.shape[:-1], -1, width)
 
 
-def feed_forward(w: dict, x_TD) -> jax.Array:
-  """This tensor shard's part of a dense SwiGLU."""
+def feed_forward_weights(w: dict) -> tuple:
+  """Gate, up and down projection of a dense SwiGLU."""
+  return w['w_gate_DF'], w['w_up_DF'], w['w_down_FD']
+
+
+def feed_forward(gate, up, down, x_TD, expert: int | None = None) -> jax.Array:
+  """This tensor shard's part of a dense SwiGLU, as parts [P, T, D]; of one expert's matrices if they are several."""
   if len(x_TD) <= FEW_DENSE:
-    return few_rows.dense(few_rows.dense_swiglu(x_TD, w['w_gate_DF'], w['w_up_DF']), w['w_down_FD'])
-  return dense(jax.nn.silu(dense(x_TD, w['w_gate_DF'])) * dense(x_TD, w['w_up_DF']), w['w_down_FD'])
+    return few_rows.parts_dense(few_rows.dense_swiglu(x_TD, gate, up, expert), down, expert)
+  gate, up, down = few_rows.matrix((gate, up, down), expert)
+  return dense(jax.nn.silu(dense(x_TD, gate)) * dense(x_TD, up), down)[None]
 
 
 def dense(x_TD, w) -> jax.Array:
-  """x times a matrix, quantised or not."""
-  return few_rows.dense(x_TD, w) if len(x_TD) <= FEW_DENSE else x_TD @ weights.dequantize(w, x_TD.dtype)
+  """Many rows times a matrix, quantised or not."""
+  return x_TD @ weights.dequantize(w, x_TD.dtype)
 
 
-def routed(w: dict, h_TD, valid_T, config: Config) -> jax.Array:
-  """This tensor shard's part of the routed experts' output, dropless."""
+def routed(w: dict, h_TD, valid_T, config: Config) -> tuple[Sum, ...]:
+  """This tensor shard's part of the output of the routed experts, dropless, and of the shared one that is with them."""
   model, experts = config.model, w['experts']
   multiplicative = config.balance.bias_rule == 'multiplicative'
-  logits_TE = few_rows.dense(h_TD.astype(jnp.float32), w['w_router_DE'])
-  routing = route_logits(logits_TE, w['bias_E'], valid_T, model, multiplicative, dropless=True)
   gate, up, down = experts['w_gate_eDF'], experts['w_up_eDF'], experts['w_down_eFD']
-  assignments, held = routing.expert_TK.size, weights.shape_of(gate)[0]
-  if lax.axis_size('expert') == 1 and few_rows.as_each(assignments, held):  # nothing is sent, and nothing sorted
-    expert_M = jnp.where(routing.keep_TK, routing.expert_TK, held).ravel()
-    y_MD = few_rows.matmul_each(few_rows.swiglu_each(h_TD, gate, up, expert_M), down, expert_M)
-    y_TKD = y_MD.reshape(*routing.expert_TK.shape, -1)
-    return (y_TKD * routing.weight_TK[..., None]).sum(1).astype(h_TD.dtype)
+  joined = 'shared' not in w and model.num_shared_experts > 0  # the last expert is the shared one
+  held = weights.shape_of(gate)[0]
+  logits_PTE = few_rows.parts_dense(h_TD, w['w_router_DE'])
+  if lax.axis_size('expert') == 1 and few_rows.as_each(len(h_TD) * (model.top_k + joined), held):
+    # Nothing is sent, and nothing sorted.
+    expert_TK, weight_TK = choose(logits_PTE, w['bias_E'], valid_T, model, multiplicative, joined)
+    hidden_MF = few_rows.swiglu_each(h_TD, gate, up, expert_TK.ravel())
+    return (Sum(few_rows.parts_each(hidden_MF, down, expert_TK.ravel()), weight_TK),)
+  routing = route_logits(logits_PTE.sum(0), w['bias_E'], valid_T, model, multiplicative, dropless=True)
   backend = dispatch.BACKENDS[config.dispatch]
-  few = assignments <= FEW * model.num_experts
+  few = routing.expert_TK.size <= FEW * model.num_experts
   multiple = 1 if few else grouped_matmul.ROW_MULTIPLES[config.grouped_matmul]
   x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, model, True, multiple)
+  size_e = jnp.pad(size_e, (0, int(joined)))
   if few:
-    return backend.combine(few_rows.matmul(few_rows.swiglu(x_MD, gate, up, size_e), down, size_e), plan)
-  product = lambda x, w: grouped_matmul.grouped_matmul(
-    x, weights.dequantize(w, x.dtype), size_e, config.grouped_matmul, multiple
-  )
-  return backend.combine(product(jax.nn.silu(product(x_MD, gate)) * product(x_MD, up), down), plan)
+    y_MD = few_rows.matmul(few_rows.swiglu(x_MD, gate, up, size_e), down, size_e)
+  else:
+    product = lambda x, w: grouped_matmul.grouped_matmul(
+      x, weights.dequantize(w, x.dtype), size_e, config.grouped_matmul, multiple
+    )
+    y_MD = product(jax.nn.silu(product(x_MD, gate)) * product(x_MD, up), down)
+  routed_sum = Sum(backend.combine(y_MD, plan)[None])
+  return (routed_sum, Sum(feed_forward(gate, up, down, h_TD, held - 1))) if joined else (routed_sum,)

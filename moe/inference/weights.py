@@ -30,9 +30,15 @@ def prepare(params: dict, bias_LE: jax.Array, config: Config, mesh, scheme: str 
     'w_embedding_VD', 'scale_out_D', 'w_head_DV' unless tied; 'layers', a list of a dict per layer, the dense ones
     first; 'mtp', a list of a dict per module. Layers with experts hold their routing bias, 'bias_E'. What attention
     multiplies its input with is one matrix, 'w_in_DF': of each shard's heads, and whatever they share on every shard.
+    A shared expert of the routed ones' shape and kind is the last of them, and there is no 'shared', unless experts are
+    divided over shards.
   """
   make = lambda params, bias_LE: _tree(_cast(params, config.precision.compute, mesh), bias_LE)
-  local = lambda tree: quantize_params(_merged(tree), scheme)
+
+  def local(tree):
+    tree = quantize_params(_of_layers(tree, _in_one), scheme)
+    return _of_layers(tree, _with_shared) if mesh.shape['expert'] == 1 else tree
+
   tree = jax.eval_shape(make, params, bias_LE)
   in_specs, out_specs = specs(tree, mesh), specs(jax.eval_shape(local, tree), mesh)
   mapped = jax.shard_map(local, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs)
@@ -98,18 +104,32 @@ IN = (
 UP = ('w_query_AHN', 'w_query_rope_AHR')
 
 
-def _merged(tree):
-  """This shard's tree with matrices that share their operand side by side in one."""
-  layer = lambda one: one | {'attention': _merged_attention(one['attention'])}
-  mtp = [module | {'layer': layer(module['layer'])} for module in tree['mtp']]
-  return tree | {'layers': [layer(one) for one in tree['layers']], 'mtp': mtp}
+def _of_layers(tree, change):
+  """The tree with each layer changed, those of MTP modules too."""
+  mtp = [module | {'layer': change(module['layer'])} for module in tree['mtp']]
+  return tree | {'layers': [change(layer) for layer in tree['layers']], 'mtp': mtp}
 
 
-def _merged_attention(attention):
+def _with_shared(layer):
+  """A layer with the shared expert as the last of the experts, if it is like them: then they run side by side."""
+  if 'shared' not in layer:
+    return layer
+  shared = {name: layer['shared'][name.replace('_e', '_')] for name in layer['experts']}
+  kinds = lambda tree, cut: jax.tree.map(lambda leaf: (leaf.shape[cut:], leaf.dtype), tree)
+  if kinds(shared, 0) != kinds(layer['experts'], 1):
+    return layer
+  append = lambda many, one: jnp.concatenate(align(many, one[None]))
+  rest = {name: w for name, w in layer.items() if name != 'shared'}
+  return rest | {'experts': jax.tree.map(append, layer['experts'], shared)}
+
+
+def _in_one(layer):
+  """A layer with matrices of attention that share their operand side by side in one."""
+  attention = layer['attention']
   side_by_side = lambda names: jnp.concatenate([attention[name] for name in names], axis=-1)
   taken = [names for names in IN if names[0] in attention and (len(names) == 1 or names[1] in attention)]
   columns = align(*(side_by_side(names).reshape(attention[names[0]].shape[0], -1) for names in taken))
   found = {name: w for name, w in attention.items() if name not in sum((*taken, UP), ())}
   if UP[0] in attention:
     found[UP[0]] = side_by_side(UP)
-  return found | {'w_in_DF': jnp.concatenate(columns, axis=1)}
+  return layer | {'attention': found | {'w_in_DF': jnp.concatenate(columns, axis=1)}}

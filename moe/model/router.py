@@ -4,6 +4,7 @@ The bias decides who is selected and never enters a gate weight, so it has no gr
 with matmul precision HIGHEST: a rounding that differs between meshes would send tokens to other experts.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.config import ModelConfig
+from moe.ops import routing_gpu
 from moe.ops.varying import align
 
 
@@ -79,6 +81,38 @@ def route_logits(
   if config.capacity_factor and not dropless:
     keep_TK = within_capacity(expert_TK, lax.stop_gradient(weight_TK), keep_TK, config)
   return Routing(expert_TK, weight_TK, keep_TK, load_E, scores_TE, logits_TE)
+
+
+def choose(
+  logits_PTE: jax.Array,
+  bias_E: jax.Array,
+  mask_T: jax.Array,
+  config: ModelConfig,
+  multiplicative: bool = False,
+  shared: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+  """What `route_logits` decides if nothing is dropped, and nothing else: one kernel on GPUs, for few tokens.
+
+  Args:
+    logits_PTE: float32 parts that add up to the logits.
+    bias_E, mask_T, config, multiplicative: as of `route`.
+    shared: one assignment more per token, to an expert E, with weight 1.
+
+  Returns:
+    expert_TK, E + shared for all of a masked token, and weight_TK.
+  """
+  operands = align(logits_PTE, bias_E, mask_T)
+  settings = {'config': config, 'multiplicative': multiplicative, 'shared': shared}
+  on_gpu = functools.partial(routing_gpu.choose, **settings)
+  return lax.platform_dependent(*operands, cuda=on_gpu, default=functools.partial(_choose, **settings))
+
+
+def _choose(logits_PTE, bias_E, mask_T, config, multiplicative, shared):
+  routing = route_logits(logits_PTE.sum(0), bias_E, mask_T, config, multiplicative, dropless=True)
+  more = ((0, 0), (0, int(shared)))
+  expert_TK = jnp.pad(routing.expert_TK, more, constant_values=config.num_experts)
+  expert_TK = jnp.where(mask_T[:, None], expert_TK, config.num_experts + shared)
+  return expert_TK, jnp.pad(routing.weight_TK, more, constant_values=1)
 
 
 def select(biased_TE: jax.Array, config: ModelConfig) -> jax.Array:

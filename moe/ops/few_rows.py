@@ -2,7 +2,8 @@
 
 Weights are arrays or quantised (`moe.ops.weights`), and are read as they are: on GPUs by kernels (`few_rows_gpu`) that
 dequantise the tile at hand in registers, elsewhere one expert's matrix at a time. Experts without rows are not read.
-Rows may have any sizes per expert: nothing is padded, and nothing has a gradient.
+Rows may have any sizes per expert: nothing is padded, and nothing has a gradient. Results are in the rows' dtype, or in
+float32 if the weights are float32 arrays.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.ops import few_rows_gpu
-from moe.ops.few_rows_gpu import finish, item_of, item_rows
+from moe.ops.few_rows_gpu import count_parts, finish, item_of, item_rows, result_dtype
 from moe.ops.varying import align, vary, varying_axes
 from moe.ops.weights import Weight, dequantize, shape_of
 
@@ -26,7 +27,7 @@ def matmul(x_MD: jax.Array, w: Weight, size_e: jax.Array) -> jax.Array:
     size_e: int32 rows per expert, any of them 0; their sum is at most M.
 
   Returns:
-    y_MF in x's dtype, summed in float32. Rows past sum(size_e) are 0.
+    y_MF, summed in float32. Rows past sum(size_e) are 0.
   """
   return _products(x_MD, (w,), size_e)
 
@@ -50,7 +51,7 @@ def matmul_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
     expert_M: int32; e for none. M is a multiple of T.
 
   Returns:
-    y_MF in x's dtype, summed in float32; 0 where there is no expert.
+    y_MF, summed in float32; 0 where there is no expert.
   """
   return _each(x_TD, (w,), expert_M)
 
@@ -60,14 +61,39 @@ def swiglu_each(x_TD: jax.Array, w_gate: Weight, w_up: Weight, expert_M: jax.Arr
   return _each(x_TD, (w_gate, w_up), expert_M)
 
 
-def dense(x_MD: jax.Array, w: Weight) -> jax.Array:
-  """All rows times one matrix [D, F]: y_MF in x's dtype, summed in float32."""
-  return _dense(x_MD, (w,))
+def parts_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
+  """float32 [P, M, F] that add up to `matmul_each`, over P; one part is in its dtype.
+
+  On GPUs a sum has several parts, so that enough of them are under way: whoever reads the product adds them up as it
+  does so. Elsewhere the other parts are zeros.
+  """
+  x_TD, w, expert_M = align(x_TD, w, expert_M)
+  parts = count_parts((w,), 'each', len(expert_M))
+  plain = lambda x_TD, w, expert_M: _as_parts(_row_by_row(x_TD, (w,), expert_M), parts)
+  return lax.platform_dependent(x_TD, w, expert_M, cuda=few_rows_gpu.parts_each, default=plain)
 
 
-def dense_swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight) -> jax.Array:
-  """silu(x w_gate) * (x w_up) of matrices [D, F]; as `dense`."""
-  return _dense(x_MD, (w_gate, w_up))
+def parts_dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
+  """float32 [P, M, F] that add up to `dense`; as `parts_each`."""
+  parts = count_parts(_stack((w,), expert)[0], 'dense', len(x_MD))
+  on_gpu = lambda x_MD, w: few_rows_gpu.parts_dense(x_MD, *_stack(w, expert))
+  plain = lambda x_MD, w: _as_parts(_at_once(x_MD, (matrix(w, expert),)), parts)
+  return lax.platform_dependent(*align(x_MD, w), cuda=on_gpu, default=plain)
+
+
+def dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
+  """All rows times one matrix, [D, F] or that of an expert in [e, D, F]: y_MF, summed in float32."""
+  return _dense(x_MD, (w,), expert)
+
+
+def dense_swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight, expert: int | None = None) -> jax.Array:
+  """silu(x w_gate) * (x w_up); as `dense`."""
+  return _dense(x_MD, (w_gate, w_up), expert)
+
+
+def matrix(ws, expert: int | None):
+  """[D, F] of each weight: an expert's, if it has one per expert."""
+  return ws if expert is None else jax.tree.map(lambda a: a[expert], ws)
 
 
 def _products(x_MD, ws, size_e):
@@ -87,27 +113,36 @@ def _row_by_row(x_TD, ws, expert_M):
     y = _at_once(lax.dynamic_slice_in_dim(x_TD, m // (M // T), 1), matrices)
     return lax.dynamic_update_slice_in_dim(y_MF, jnp.where(expert_M[m] < experts, y, 0), m, 0)
 
-  return lax.fori_loop(0, M, step, vary(jnp.zeros((M, F), x_TD.dtype), varying_axes(x_TD)))
+  return lax.fori_loop(0, M, step, vary(jnp.zeros((M, F), result_dtype(x_TD, ws)), varying_axes(x_TD)))
 
 
-def _dense(x_MD, ws):
-  return lax.platform_dependent(*align(x_MD, ws), cuda=_as_one_expert, default=_at_once)
+def _dense(x_MD, ws, expert):
+  on_gpu = lambda x_MD, ws: few_rows_gpu.products_dense(x_MD, *_stack(ws, expert))
+  return lax.platform_dependent(
+    *align(x_MD, ws), cuda=on_gpu, default=lambda x_MD, ws: _at_once(x_MD, matrix(ws, expert))
+  )
 
 
-def _as_one_expert(x_MD, ws):
-  all_rows = vary(jnp.array([len(x_MD)], jnp.int32), varying_axes(x_MD))
-  return few_rows_gpu.products(x_MD, jax.tree.map(lambda a: a.reshape(1, *a.shape), ws), all_rows)
+def _stack(ws, expert):
+  """Weights of [e, D, F], and the number of the expert."""
+  return (jax.tree.map(lambda a: a[None], ws), 0) if expert is None else (ws, expert)
+
+
+def _as_parts(y_MF, parts: int):
+  """y and zeros: [parts, M, F]."""
+  return y_MF[None] if parts == 1 else jnp.pad(y_MF[None].astype(jnp.float32), ((0, parts - 1), (0, 0), (0, 0)))
 
 
 def _at_once(x_MD, ws):
   """The products with matrices [D, F]. What was rounded to few bits is not rounded once more, to bfloat16."""
 
-  def product(w):
-    dtype = x_MD.dtype if isinstance(w, jax.Array) else jnp.float32
-    matrix = dequantize(w, dtype)
-    return jnp.dot(x_MD.astype(dtype), matrix, precision='highest', preferred_element_type=jnp.float32)
+  dtype = result_dtype(x_MD, ws)
 
-  return finish([product(w) for w in ws]).astype(x_MD.dtype)
+  def product(w):
+    common = dtype if isinstance(w, jax.Array) else jnp.float32
+    return jnp.dot(x_MD.astype(common), dequantize(w, common), precision='highest', preferred_element_type=jnp.float32)
+
+  return finish([product(w) for w in ws]).astype(dtype)
 
 
 def _by_expert(x_MD, ws, size_e):
@@ -122,7 +157,7 @@ def _by_expert(x_MD, ws, size_e):
     y = _at_once(lax.dynamic_slice_in_dim(x_MD, item.row, tile), matrices)
     return lax.dynamic_update_slice_in_dim(y_MF, y, item.row, 0)
 
-  y_MF = vary(jnp.zeros((rows + tile, F), x_MD.dtype), varying_axes(x_MD))
+  y_MF = vary(jnp.zeros((rows + tile, F), result_dtype(x_MD, ws)), varying_axes(x_MD))
   count = (-(-size_e // tile)).sum()
   y_MF = lax.fori_loop(jnp.zeros_like(count), count, step, y_MF)[:rows]
   return jnp.where(jnp.arange(rows)[:, None] < size_e.sum(), y_MF, 0)

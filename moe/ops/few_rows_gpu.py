@@ -5,8 +5,8 @@ each program finds from the experts' sizes. Those of an expert are neighbours, s
 then from the L2 cache. Weights are loaded as they are stored and dequantised in registers:
 
     more rows    go to the tensor cores, 16 or more at a time, those that are missing as zeros
-    one row      does so, too, but of quantised weights: those are multiplied and added up elementwise, with no tensor
-                 core, so that nothing is moved between threads until the end
+    one row      does so, too, but of quantised or float32 weights: those are multiplied and added up elementwise, with
+                 no tensor core, so that nothing is moved between threads until the end
 
 Tensor cores want both operands in one type. Every E4M3 and E2M1 value is a float16 and the hardware converts pairs, so
 rows are float16 then, each scaled by a power of two to just below float16's largest value: what is 2^-29 of it still
@@ -30,7 +30,7 @@ from moe.ops.weights import DECODED, GROUP, Fp8Weight, Mxfp4Weight, decode, deco
 class Tile(NamedTuple):
   """What a program works on at a time: `unroll` times `depth` along K, by `columns`; and how."""
 
-  depth: int  # for quantised weights: what shares a scale
+  depth: int  # of FP8 and, on tensor cores, MXFP4: what shares a scale
   unroll: int
   columns: int
   warps: int
@@ -48,12 +48,18 @@ class Plan(NamedTuple):
   N: int
   parts: int
   scaled: bool
-  each: bool  # the experts of rows are given, not the rows of experts
+  items: str  # what says which rows a work item has: 'sizes' of experts, 'each' row's expert, or 'dense': all have one
+  only: int  # that one
 
 
-# The best of those tried on an H200 at batch 1 (D 2048, F 1024, 6 of 64 experts). Arrays do better on tensor cores even
-# with one row, as what feeds those is loaded ahead by several steps.
-ONE_ROW = {Fp8Weight: Tile(128, 1, 64, 4, 1), Mxfp4Weight: Tile(GROUP, 4, 128, 4, 1)}
+# MORE_ROWS: the best of those tried on an H200 at batch 1 (D 2048, F 1024, 6 of 64 experts). bfloat16 arrays do better
+# on tensor cores even with one row, as what feeds those is loaded ahead by several steps. ONE_ROW's arrays are float32;
+# its other tiles are such that registers suffice for most of a kernel's programs at a time.
+ONE_ROW = {
+  jax.Array: Tile(64, 1, 64, 4, 1),
+  Fp8Weight: Tile(128, 2, 64, 4, 1),
+  Mxfp4Weight: Tile(256, 1, 32, 4, 1),
+}
 MORE_ROWS = {jax.Array: Tile(64, 1, 64, 4, 4), Fp8Weight: Tile(128, 1, 64, 4, 4), Mxfp4Weight: Tile(GROUP, 4, 64, 4, 4)}
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)  # whole, for the kernel to pick from
 PROGRAMS = 512  # sums are split into parts while that makes no more: too few would not keep the memory busy
@@ -98,6 +104,11 @@ def finish(sums):
   return sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
 
 
+def result_dtype(x, ws: tuple):
+  """Of products: x's, or float32 if weights are float32 arrays."""
+  return jnp.result_type(x, ws[0]) if _kind(ws[0]) is jax.Array else x.dtype
+
+
 def products(x_MK: jax.Array, ws: tuple, size_e: jax.Array, interpret: bool = False) -> jax.Array:
   """`finish` of the products of rows with their experts' matrices, [M, N]; see `moe.ops.few_rows`.
 
@@ -107,39 +118,82 @@ def products(x_MK: jax.Array, ws: tuple, size_e: jax.Array, interpret: bool = Fa
     size_e: rows per expert.
     interpret: run by jnp instead, on any platform.
   """
-  M, experts = len(x_MK), shape_of(ws[0])[0]
-  rows = item_rows(M, experts)
-  groups = min(experts + 1, M)  # the experts with rows, and the rows of none
-  return _call(x_MK, ws, size_e, M, rows, groups + (M - groups) // rows, interpret)
+  return _finished(_call(x_MK, ws, 'sizes', size_e, len(x_MK), interpret), result_dtype(x_MK, ws))
 
 
 def products_each(x_TK: jax.Array, ws: tuple, expert_M: jax.Array, interpret: bool = False) -> jax.Array:
   """`finish` of the products of row m // (M / T) with the matrices of expert_M[m]: [M, N]; 0 for expert e."""
-  M = len(expert_M)
-  return _call(x_TK, ws, expert_M, M, 1, M, interpret, each=True)
+  return _finished(_call(x_TK, ws, 'each', expert_M, len(expert_M), interpret), result_dtype(x_TK, ws))
 
 
-def _call(x_MK, ws, of_items, M: int, rows: int, items: int, interpret: bool, each: bool = False):
-  """of_items: rows per expert, or the expert of each row. rows: of an item, and how many `items` there are."""
-  K, (experts, _, N), kind = x_MK.shape[1], shape_of(ws[0]), _kind(ws[0])
+def products_dense(x_MK: jax.Array, ws: tuple, expert: int, interpret: bool = False) -> jax.Array:
+  """`finish` of the products of all rows with one expert's matrices: [M, N]."""
+  return _finished(_call(x_MK, ws, 'dense', None, len(x_MK), interpret, expert), result_dtype(x_MK, ws))
+
+
+def parts_each(x_TK: jax.Array, w, expert_M: jax.Array, interpret: bool = False) -> jax.Array:
+  """float32 [`count_parts`, M, N] that add up to the product of `products_each`."""
+  return _call(x_TK, (w,), 'each', expert_M, len(expert_M), interpret)[:, 0]
+
+
+def parts_dense(x_MK: jax.Array, w, expert: int, interpret: bool = False) -> jax.Array:
+  """float32 [`count_parts`, M, N] that add up to the product of `products_dense`."""
+  return _call(x_MK, (w,), 'dense', None, len(x_MK), interpret, expert)[:, 0]
+
+
+def count_parts(ws: tuple, items: str, M: int) -> int:
+  """Into how many parts the sums of M rows times ws are split; items: as in Plan."""
+  (experts, K, N), (_, tile) = shape_of(ws[0]), _rows_and_tile(ws, items, M)
+  programs, steps = (
+    (1 if items == 'dense' else min(experts, M)) * pl.cdiv(N, tile.columns),
+    pl.cdiv(K, tile.depth * tile.unroll),
+  )
+  return min(steps, max(1, PROGRAMS // programs))
+
+
+def _call(x_MK, ws, items: str, of_items, M: int, interpret: bool, only: int = 0):
+  """The products' parts, float32 [parts, len(ws), M, N]; of one part what is finished, in `result_dtype`: [1, 1, M, N].
+
+  Args:
+    items, only: as in Plan. of_items: the sizes, or each row's expert, or None.
+  """
+  (experts, K, N), kind = shape_of(ws[0]), _kind(ws[0])
   if any(_kind(w) is not kind for w in ws):
     raise ValueError(f'weights of one product must be of one kind, not {", ".join(_kind(w).__name__ for w in ws)}')
-  rows = rows if kind in ONE_ROW else max(rows, 16)
   _check_offsets(ws)
-  tile = (ONE_ROW if rows == 1 else MORE_ROWS)[kind]
-  parts = _parts(tile, K, N, min(experts, M))
-  operands = [of_items, x_MK]
+  (rows, tile), parts = _rows_and_tile(ws, items, M), count_parts(ws, items, M)
+  operands = [x_MK]
   if rows > 1 and kind is not jax.Array and x_MK.dtype == jnp.bfloat16:
-    operands = [of_items, *_as_float16(x_MK)]
-  plan = Plan(kind, tile, rows, experts, K, N, parts, len(operands) == 3, each)
+    operands = [*_as_float16(x_MK)]
+  plan = Plan(kind, tile, rows, experts, K, N, parts, len(operands) == 2, items, only)
   if _ways(kind) > 1:
-    operands[1] = operands[1].reshape(len(x_MK), -1, _ways(kind))
-  operands += jax.tree.leaves(ws)
-  grid = items, pl.cdiv(N, tile.columns), parts
-  out = ((1, M, N), x_MK.dtype) if parts == 1 else ((parts * len(ws), M, N), jnp.float32)
+    operands[0] = operands[0].reshape(len(x_MK), -1, _ways(kind))
+  operands += jax.tree.leaves((ws, of_items))
+  grid = _count_items(items, rows, experts, M), pl.cdiv(N, tile.columns), parts
+  out = ((1, M, N), result_dtype(x_MK, ws)) if parts == 1 else ((parts * len(ws), M, N), jnp.float32)
   kernel, specs = functools.partial(_kernel, plan=plan), [ANYWHERE] * len(operands)
   (y,) = call(kernel, grid, operands, specs, [(*out, ANYWHERE)], tile.warps, tile.stages, interpret)
-  return y[0] if parts == 1 else finish(list(y.reshape(parts, -1, M, N).sum(0))).astype(x_MK.dtype)
+  return y.reshape(parts, -1, M, N)
+
+
+def _finished(parts_PWMN, dtype):
+  return finish(list(parts_PWMN.sum(0))).astype(dtype) if len(parts_PWMN) > 1 else parts_PWMN[0, 0]
+
+
+def _rows_and_tile(ws, items: str, M: int) -> tuple[int, Tile]:
+  """The most rows of a work item, and how a program goes about it."""
+  kind, experts = _kind(ws[0]), 1 if items == 'dense' else shape_of(ws[0])[0]
+  rows = 1 if items == 'each' else item_rows(M, experts)
+  if rows == 1 and kind in ONE_ROW and (kind is not jax.Array or ws[0].dtype == jnp.float32):
+    return 1, ONE_ROW[kind]
+  return max(rows, 16), MORE_ROWS[kind]
+
+
+def _count_items(items: str, rows: int, experts: int, M: int) -> int:
+  if items != 'sizes':
+    return M if items == 'each' else pl.cdiv(M, rows)
+  groups = min(experts + 1, M)  # the experts with rows, and the rows of none
+  return groups + (M - groups) // rows
 
 
 def _kind(w):
@@ -153,12 +207,6 @@ def _check_offsets(ws):
       raise ValueError(f'weights of {leaf.size} values in {leaf.dtype} are past what a kernel can address: pass less')
 
 
-def _parts(tile: Tile, K: int, N: int, items: int) -> int:
-  """Into how many parts sums are split."""
-  programs, steps = items * pl.cdiv(N, tile.columns), pl.cdiv(K, tile.depth * tile.unroll)
-  return min(steps, max(1, PROGRAMS // programs))
-
-
 def _as_float16(x_MK):
   """(x times a power of two per row, as float16; float32 [M]: the power that undoes it)."""
   amax_M = jnp.abs(x_MK).max(1).astype(jnp.float32)
@@ -167,9 +215,10 @@ def _as_float16(x_MK):
   return (x_MK * up_M[:, None]).astype(jnp.float16), lax.bitcast_convert_type((exponent_M - 14) << 23, jnp.float32)
 
 
-def _kernel(of_items, x, *refs, plan: Plan):
+def _kernel(x, *refs, plan: Plan):
   refs, out = list(refs[:-1]), refs[-1]
   factor = refs.pop(0) if plan.scaled else None
+  of_items = None if plan.items == 'dense' else refs.pop()
   ws = refs if plan.kind is jax.Array else [plan.kind(*refs[i : i + 2]) for i in range(0, len(refs), 2)]
   tile, rows = plan.tile, plan.rows
   item, x_row = _item(of_items, x, out, plan)
@@ -186,7 +235,7 @@ def _kernel(of_items, x, *refs, plan: Plan):
   steps = pl.cdiv(plan.K, tile.depth * tile.unroll)
   first, last = pl.program_id(2) * pl.cdiv(steps, plan.parts), (pl.program_id(2) + 1) * pl.cdiv(steps, plan.parts)
   last = jnp.where(item.past, first, jnp.minimum(last, steps))
-  height = rows if rows > 1 else tile.depth // _ways(plan.kind)
+  height = rows if rows > 1 else _kept(ws[0], plan)
   sums = lax.fori_loop(first, last, step, tuple(jnp.zeros((height, tile.columns)) for _ in ws))
   if rows == 1:
     sums = [total.sum(0, keepdims=True) for total in sums]
@@ -201,10 +250,19 @@ def _kernel(of_items, x, *refs, plan: Plan):
     plt.store(place, result.astype(out.dtype), mask=here)
 
 
+def _kept(w, plan):
+  """Of one row, how many sums per column there are until the end: as many as threads load at once, 16 bytes each."""
+  at_once = plan.tile.warps * 32 * 16 // jax.tree.leaves(w)[0].dtype.itemsize // plan.tile.columns
+  return min(at_once, plan.tile.depth // _ways(plan.kind))
+
+
 def _item(of_items, x, out, plan):
   """This program's work item, and its first row of x."""
   i = pl.program_id(0)
-  if plan.each:
+  if plan.items == 'dense':  # nothing to look up, which would delay all other loads
+    row, only = i * plan.rows, plan.only + i * 0  # no constant: the interpreter of jax 0.10 takes none as an index
+    return Item(only, row, jnp.minimum(x.shape[0] - row, plan.rows), False), row
+  if plan.items == 'each':
     expert = of_items[i]
     return Item(expert, i, 1, expert == plan.experts), i // (out.shape[1] // x.shape[0])
   number_e = jnp.arange(pl.next_power_of_2(plan.experts))
@@ -235,10 +293,18 @@ def _load(w, expert, k, column, plan):
   tile = functools.partial(_load_tile, expert=expert, column=column, plan=plan)
   depth = plan.tile.depth
   if plan.kind is Mxfp4Weight:
-    return Mxfp4Weight(tile(w.packed, k // 2, depth // 2), tile(w.scale, k // GROUP, 1))
+    scale = tile(w.scale, k // GROUP, 1) if plan.rows > 1 else _load_scales(w, expert, k, column, plan)
+    return Mxfp4Weight(tile(w.packed, k // 2, depth // 2), scale)
   if plan.kind is Fp8Weight:
     return Fp8Weight(tile(w.value, k, depth), w.scale[expert, jnp.minimum(k, plan.K - 1) // BLOCK, column // BLOCK])
   return tile(w, k, depth)
+
+
+def _load_scales(w, expert, k, column, plan):
+  """A scale for each byte of a tile: each thread loads those of its bytes, or else these would move to their scales."""
+  row = (k // 2 + jnp.arange(plan.tile.depth // 2))[:, None] // (GROUP // 2)
+  columns = column + jnp.arange(plan.tile.columns)[None]
+  return plt.load(w.scale.at[expert, row, columns], mask=(row < w.scale.shape[1]) & (columns < plan.N), other=0)
 
 
 def _load_tile(w, k, height, expert, column, plan):
@@ -261,9 +327,12 @@ def _dequantized(w):
 
 
 def _add(total, xs, tiles, scale):
-  """total + scale * sum of rows times tiles; of one row, [K, N] products that are still to be added up along K."""
-  if xs[0].shape[0] == 1:
-    product = lambda x, tile: x.astype(jnp.float32).reshape(-1, 1) * tile.astype(jnp.float32)
-  else:
-    product = lambda x, tile: plt.dot(x, tile.astype(x.dtype), allow_tf32=False)
-  return total + scale * sum(product(x, tile) for x, tile in zip(xs, tiles, strict=True))
+  """total + scale * sum of rows times tiles; of one row, sums that are still to be added up."""
+  if xs[0].shape[0] > 1:
+    common = jnp.result_type(xs[0], tiles[0])
+    product = lambda x, tile: plt.dot(x.astype(common), tile.astype(common), allow_tf32=False)
+    return total + scale * sum(product(x, tile) for x, tile in zip(xs, tiles, strict=True))
+  product = lambda x, tile: x.astype(jnp.float32).reshape(-1, 1) * tile.astype(jnp.float32)
+  of_each = sum(product(x, tile) for x, tile in zip(xs, tiles, strict=True))
+  summed = lambda a: a.reshape(-1, *total.shape).sum(0)  # each thread its own, so that nothing moves
+  return total + (scale * summed(of_each) if jnp.ndim(scale) == 0 else summed(scale * of_each))

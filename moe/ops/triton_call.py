@@ -8,7 +8,9 @@ from jax.experimental.pallas import triton as plt
 from moe.ops.varying import vary, varying_axes
 
 
-def call(kernel, grid, operands, specs, outs, warps: int, stages: int, interpret: bool = False) -> list[jax.Array]:
+def call(
+  kernel, grid, operands, specs, outs, warps: int, stages: int, interpret: bool = False, aliases=()
+) -> list[jax.Array]:
   """The outputs of a kernel, varying over whatever an operand varies over.
 
   Args:
@@ -18,6 +20,7 @@ def call(kernel, grid, operands, specs, outs, warps: int, stages: int, interpret
     outs: (shape, dtype, BlockSpec) of each output.
     warps, stages: per program, and of its loops' software pipelines.
     interpret: run by jnp instead, on any platform.
+    aliases: (operand, output) numbers: the output is what the operand was, where the kernel writes nothing else.
   """
   axes = varying_axes(operands)
   kind = jax.typeof(vary(jnp.zeros(()), axes)).manual_axis_type
@@ -29,4 +32,5 @@ def call(kernel, grid, operands, specs, outs, warps: int, stages: int, interpret
     out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outs],
     compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
     interpret=interpret,
+    input_output_aliases=dict(aliases),
   )(*operands)

@@ -136,16 +136,20 @@ VARIANTS = {
   'no_query_latent_no_groups': {'q_lora_rank': 0, 'num_groups': 1, 'top_groups': 1, 'yarn_factor': 1.0},
   'mha': {'attention': 'mha', 'q_lora_rank': 0, 'qk_nope_dim': 0},
   'tied_no_shared': {'tie_embeddings': True, 'num_shared_experts': 0, 'num_dense_layers': 0, 'mtp_depth': 0},
+  'an_expert_for_each_row': {'num_experts': 16},  # of chunks of one token
+  'and_no_shared': {'num_experts': 16, 'num_shared_experts': 0},
+  'and_two_shared': {'num_experts': 16, 'num_shared_experts': 2},  # unlike the others
 }
+SHARDED = [(variant, (('tensor', 2),)) for variant in ('mla', 'an_expert_for_each_row')]
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_chunks_with_a_cache_give_the_full_forward_pass(variant, model, full_logits, mesh_of):
+@pytest.mark.parametrize(('variant', 'sizes'), [*((variant, ()) for variant in VARIANTS), *SHARDED])
+def test_chunks_with_a_cache_give_the_full_forward_pass(variant, sizes, model, full_logits, mesh_of):
   config = resolved(dataclasses.replace(model, **VARIANTS[variant]))
   tokens = np.random.default_rng(3).integers(0, model.vocab_size, 16).tolist()
   want = full_logits(config, tokens)[0]
   for chunks in ([16], [7, 1, 1, 7]):
-    got = cached_logits(config, mesh_of(), tokens, chunks)
+    got = cached_logits(config, mesh_of(**dict(sizes)), tokens, chunks)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 

@@ -80,6 +80,38 @@ def test_dense_products_equal_numpy(rows, kind):
   assert_near(few_rows.dense_swiglu(x, *ws), exact(x, matrices, [rows]), jnp.float32)
 
 
+@pytest.mark.parametrize('expert', [None, 1])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('rows', 'programs'), [(1, 1), (1, 64), (5, 64)])
+@pytest.mark.usefixtures('short_kernels')
+def test_parts_of_dense_products_add_up_to_numpy(rows, programs, kind, expert, monkeypatch):
+  """Of one matrix, or one of several; everywhere as many parts. If one, it is in bfloat16, as the rows are."""
+  monkeypatch.setattr(few_rows_gpu, 'PROGRAMS', programs)
+  x, ws, _, matrices = inputs('uneven', 512, 72, kind, jnp.bfloat16)
+  x, w, matrix = x[:rows], ws[0], matrices[0][(expert or 0), None]
+  if expert is None:
+    w = jax.tree.map(lambda a: a[0], w)
+  by_kernel = few_rows_gpu.parts_dense(x, *few_rows._stack(w, expert), interpret=True)
+  for parts in (by_kernel, few_rows.parts_dense(x, w, expert)):
+    assert parts.shape == by_kernel.shape
+    assert parts.dtype == (jnp.float32 if programs > 1 else jnp.bfloat16)
+    assert (len(parts) > 1) == (programs > 1)
+    assert_near(parts.sum(0).astype(jnp.bfloat16), exact(x, [matrix], [rows]), jnp.bfloat16)
+  finished = few_rows_gpu.products_dense(x, *few_rows._stack((w, w), expert), interpret=True)
+  for y in (finished, few_rows.dense_swiglu(x, w, w, expert)):
+    assert_near(y, exact(x, [matrix] * 2, [rows]), jnp.bfloat16)
+
+
+@pytest.mark.parametrize('rows', [1, 5])
+def test_float32_weights_make_float32(rows):
+  """Of bfloat16 rows, too, as the router's."""
+  x, ws, _, matrices = inputs('uneven', 256, 72, 'array', jnp.float32)
+  x, w = x[:rows].astype(jnp.bfloat16), ws[0][0]
+  by_kernel = few_rows_gpu.parts_dense(x, w[None], 0, interpret=True).sum(0)
+  for y in (by_kernel, few_rows.parts_dense(x, w).sum(0), few_rows.dense(x, w)):
+    assert_near(y, exact(x, [matrices[0][:1]], [rows]), jnp.float32)
+
+
 @pytest.fixture
 def short_kernels(monkeypatch):
   """Kernels that compile sooner, as their loops are unrolled less."""
@@ -117,6 +149,9 @@ def test_rows_with_an_expert_each(kind, tensor_cores, dtype, monkeypatch):
       own = [w[expert : expert + 1] if expert < none else np.zeros_like(w[:1]) for w in matrices]
       assert_near(y[m : m + 1], exact(x[m // 3 : m // 3 + 1], own, [1]), dtype)
   np.testing.assert_array_equal(few_rows.matmul_each(x, ws[1], expert_M)[4], 0)
+  for parts in (few_rows_gpu.parts_each(x, ws[1], expert_M, interpret=True), few_rows.parts_each(x, ws[1], expert_M)):
+    y = parts.sum(0).astype(dtype)
+    assert_near(y, np.asarray(few_rows.matmul_each(x, ws[1], expert_M), np.float64), dtype)
 
 
 @pytest.mark.parametrize(('load', 'kind'), [('uneven', 'mxfp4'), ('few_of_many', 'fp8'), ('none', 'array')])
