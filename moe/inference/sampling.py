@@ -35,7 +35,7 @@ class Sampling:
 def distribution(logits_V: jax.Array, how: Sampling) -> jax.Array:
   """float32 probabilities [..., V] that a token is drawn with; one-hot if greedy. Tokens tied at a limit all stay."""
   if not how.temperature:
-    return jax.nn.one_hot(logits_V.argmax(-1), logits_V.shape[-1])
+    return jax.nn.one_hot(best(logits_V), logits_V.shape[-1])
   scaled_V = logits_V / how.temperature
   if how.top_k or how.top_p < 1:
     kept = min(how.top_k or logits_V.shape[-1], logits_V.shape[-1])
@@ -53,9 +53,18 @@ def keys(seed_B: jax.Array, position_B: jax.Array, purpose: int) -> jax.Array:
   return jax.vmap(one)(seed_B, position_B)
 
 
-def draw(probs_BV: jax.Array, key_B: jax.Array, how: Sampling) -> jax.Array:
-  """int32 [B] tokens drawn from `probs_BV`, from `distribution` or parts of such; they need not add up to 1."""
-  if not how.temperature:
-    return probs_BV.argmax(-1).astype(jnp.int32)
+def sample(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> tuple[jax.Array, jax.Array]:
+  """int32 [B] tokens drawn from the logits' distributions, and these."""
+  probs_BV = distribution(logits_BV, how)
+  return draw(probs_BV, key_B) if how.temperature else best(logits_BV), probs_BV
+
+
+def best(logits_V: jax.Array) -> jax.Array:
+  """int32 [...] likeliest tokens."""
+  return logits_V.argmax(-1).astype(jnp.int32)
+
+
+def draw(probs_BV: jax.Array, key_B: jax.Array) -> jax.Array:
+  """int32 [B] tokens drawn from `probs_BV`, which need not add up to 1."""
   noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, probs_BV.shape[1:]))(key_B)
   return (jnp.log(probs_BV) + noise_BV).argmax(-1).astype(jnp.int32)

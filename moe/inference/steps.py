@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moe.config import Config
 from moe.inference import forward
-from moe.inference.sampling import Sampling, distribution, draw, keys
+from moe.inference.sampling import Sampling, best, distribution, draw, keys, sample
 from moe.model.norm import rms_norm
 
 NO_TOKEN = -1  # in place of a token that a slot did not emit
@@ -69,8 +69,9 @@ def prefill(w: dict, slots: Slots, token_BS, count_B, ends_B, settings: Settings
   h_BSD = rms_norm(h_BSD, w['scale_out_D'], config.model.norm_eps)
   hidden_BD = jnp.take_along_axis(h_BSD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
   length_B = slots.length_B + count_B
-  probs_BV = distribution(forward.logits(w, hidden_BD, config.model), settings.how)
-  token_B = jnp.where(ends_B, draw(probs_BV, keys(slots.seed_B, length_B, TOKEN), settings.how), slots.token_B)
+  logits_BV = forward.logits(w, hidden_BD, config.model)
+  first_B, _ = sample(logits_BV, keys(slots.seed_B, length_B, TOKEN), settings.how)
+  token_B = jnp.where(ends_B, first_B, slots.token_B)
   if settings.drafts:  # the last token's successor is unknown yet
     known = chunk._replace(valid_BS=jnp.arange(S) < (count_B - ends_B)[:, None])
     _, mtp_cache = forward.run_mtp(w, 0, slots.cache[layers], h_BSD, token_BS[:, 1:], known, config)
@@ -93,8 +94,8 @@ def decode(w: dict, slots: Slots, settings: Settings) -> tuple[Slots, Emitted]:
   chunk = forward.chunk_at(slots.length_B, slots.live_B[:, None], settings.capacity, config.model)
   h_BSD, cache = forward.run(w, slots.cache, slots.token_B[:, None], chunk, config)
   hidden_BD = rms_norm(h_BSD[:, 0], w['scale_out_D'], config.model.norm_eps)
-  probs_BV = distribution(forward.logits(w, hidden_BD, config.model), settings.how)
-  token_B = draw(probs_BV, keys(slots.seed_B, slots.length_B + 1, TOKEN), settings.how)
+  logits_BV = forward.logits(w, hidden_BD, config.model)
+  token_B, _ = sample(logits_BV, keys(slots.seed_B, slots.length_B + 1, TOKEN), settings.how)
   slots, token_BK = _advance(slots._replace(cache=cache), token_B[:, None], jnp.zeros_like(token_B), settings)
   return slots, Emitted(token_BK, jnp.full_like(token_B, -1))
 
@@ -103,7 +104,8 @@ def speculate(w: dict, slots: Slots, settings: Settings) -> tuple[Slots, Emitted
   """The MTP module drafts, the model checks all drafts in one pass, and one token more comes for free.
 
   Rejection sampling (arXiv 2211.17192, algorithm 1) keeps the model's own distribution: draft d stays with probability
-  min(1, p(d) / q(d)); the first that does not is replaced by a draw from max(p - q, 0).
+  min(1, p(d) / q(d)); the first that does not is replaced by a draw from max(p - q, 0). If greedy, that is: drafts stay
+  as long as they are the model's own choice.
   """
   config, layers = settings.config, settings.config.model.num_layers
   draft_Bk, q_BkV, mtp_cache = _draft(w, slots, settings)
@@ -112,8 +114,13 @@ def speculate(w: dict, slots: Slots, settings: Settings) -> tuple[Slots, Emitted
   chunk = forward.chunk_at(slots.length_B, valid_BK, settings.capacity, config.model)
   h_BKD, cache = forward.run(w, slots.cache[:layers], token_BK, chunk, config)
   h_BKD = rms_norm(h_BKD, w['scale_out_D'], config.model.norm_eps)
-  p_BKV = distribution(forward.logits(w, h_BKD, config.model), settings.how)
-  accepted_B, next_BK = check_drafts(p_BKV, q_BkV, draft_Bk, slots.seed_B, slots.length_B, settings.how)
+  logits_BKV = forward.logits(w, h_BKD, config.model)
+  if settings.how.temperature:
+    p_BKV = distribution(logits_BKV, settings.how)
+    accepted_B, next_BK = check_drafts(p_BKV, q_BkV, draft_Bk, slots.seed_B, slots.length_B)
+  else:
+    next_BK = best(logits_BKV)
+    accepted_B = jnp.cumprod(draft_Bk == next_BK[:, :-1], axis=1).sum(1)
   checked_B = jnp.where(slots.live_B, accepted_B, -1)
   slots = slots._replace(cache=(*cache, mtp_cache), hidden_BKD=jnp.where(slots.live_B[:, None, None], h_BKD, 0))
   slots, token_BK = _advance(slots, next_BK, accepted_B, settings)
@@ -135,13 +142,15 @@ def _draft(w, slots: Slots, settings: Settings):
     h_B1D = jnp.take_along_axis(h_BSD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
     first_B, count_B = first_B + count_B, jnp.ones_like(count_B)
     hidden_BSD = rms_norm(h_B1D, w['mtp'][0]['scale_out_D'], config.model.norm_eps)
-    probs.append(distribution(forward.logits(w, hidden_BSD[:, 0], config.model), settings.how))
-    drafts.append(draw(probs[-1], keys(slots.seed_B, slots.length_B + 1 + i, DRAFT), settings.how))
-    next_BS = drafts[-1][:, None]
+    logits_BV = forward.logits(w, hidden_BSD[:, 0], config.model)
+    draft_B, probs_BV = sample(logits_BV, keys(slots.seed_B, slots.length_B + 1 + i, DRAFT), settings.how)
+    drafts.append(draft_B)
+    probs.append(probs_BV)
+    next_BS = draft_B[:, None]
   return jnp.stack(drafts, axis=1), jnp.stack(probs, axis=1), cache
 
 
-def check_drafts(p_BKV, q_BkV, draft_Bk, seed_B, length_B, how: Sampling) -> tuple[jax.Array, jax.Array]:
+def check_drafts(p_BKV, q_BkV, draft_Bk, seed_B, length_B) -> tuple[jax.Array, jax.Array]:
   """How many drafts stay, and the tokens after that: [B] and [B, K], of which the first accepted + 1 count.
 
   Args:
@@ -161,7 +170,7 @@ def check_drafts(p_BKV, q_BkV, draft_Bk, seed_B, length_B, how: Sampling) -> tup
   left_BV = jnp.maximum(p_BV - q_BV, 0)
   # Nothing is left where p and q agree up to rounding, and then the draft was as good as any.
   left_BV = jnp.where(left_BV.sum(-1, keepdims=True) > 0, left_BV, p_BV)
-  last_B = draw(left_BV, keys(seed_B, length_B + 1 + accepted_B, TOKEN), how)
+  last_B = draw(left_BV, keys(seed_B, length_B + 1 + accepted_B, TOKEN))
   kept_BK = jnp.pad(draft_Bk, ((0, 0), (0, 1)))
   return accepted_B, jnp.where(jnp.arange(k + 1) < accepted_B[:, None], kept_BK, last_B[:, None])
 

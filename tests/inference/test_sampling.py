@@ -61,7 +61,7 @@ def test_draws_follow_the_distribution():
   """Chi-square of 40,000 draws over 6 tokens, one of which has no chance: below the 99.9% point of 4 degrees, 18.5."""
   probs_V, n = np.array([0.5, 0.2, 0.15, 0.1, 0.05, 0]), 40_000
   at = keys(jnp.arange(n, dtype=jnp.uint32), jnp.zeros(n, jnp.int32), 0)
-  token_N = draw(jnp.broadcast_to(probs_V, (n, 6)), at, Sampling(1.0))
+  token_N = draw(jnp.broadcast_to(probs_V, (n, 6)), at)
   count_V = np.bincount(token_N, minlength=6)
   assert count_V[5] == 0
   assert ((count_V[:5] - n * probs_V[:5]) ** 2 / (n * probs_V[:5])).sum() < 18.5
@@ -72,10 +72,10 @@ def test_speculation_keeps_the_distribution():
   rng, n, V = np.random.default_rng(2), 60_000, 4
   p_KV = rng.dirichlet(np.ones(V), 3).astype(np.float32)
   q_kV = rng.dirichlet(np.ones(V), 2).astype(np.float32)
-  how, seed_B, zero_B = Sampling(1.0), jnp.arange(n, dtype=jnp.uint32), jnp.zeros(n, jnp.int32)
+  seed_B, zero_B = jnp.arange(n, dtype=jnp.uint32), jnp.zeros(n, jnp.int32)
   many = lambda probs: jnp.broadcast_to(probs, (n, *probs.shape))
-  draft_Bk = jnp.stack([draw(many(q_kV[i]), keys(seed_B, zero_B + 1 + i, 1), how) for i in range(2)], axis=1)
-  accepted_B, next_BK = check_drafts(many(p_KV), many(q_kV), draft_Bk, seed_B, zero_B, how)
+  draft_Bk = jnp.stack([draw(many(q_kV[i]), keys(seed_B, zero_B + 1 + i, 1)) for i in range(2)], axis=1)
+  accepted_B, next_BK = check_drafts(many(p_KV), many(q_kV), draft_Bk, seed_B, zero_B)
   said = np.arange(3) <= np.asarray(accepted_B)[:, None]
   for place in range(3):
     token = np.asarray(next_BK)[said[:, place], place]
@@ -86,9 +86,9 @@ def test_speculation_keeps_the_distribution():
   assert abs((np.asarray(accepted_B) >= 1).mean() - np.minimum(p_KV[0], q_kV[0]).sum()) < 4 * 0.5 / np.sqrt(n)
 
 
-def test_greedy_speculation_takes_the_best_token():
+def test_certain_drafts_stay_if_they_are_right():
   one_hot = lambda *tokens: jax.nn.one_hot(jnp.array([tokens]), 5)
-  at = jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.int32), Sampling()
+  at = jnp.zeros(1, jnp.uint32), jnp.zeros(1, jnp.int32)
   for drafts, accepted, said in (((1, 2), 2, [1, 2, 3]), ((1, 4), 1, [1, 2]), ((0, 2), 0, [1])):
     accepted_B, next_BK = check_drafts(one_hot(1, 2, 3), one_hot(*drafts), jnp.array([drafts]), *at)
     assert accepted_B[0] == accepted
