@@ -97,7 +97,7 @@ class DataConfig:
   seq_len: int = 256  # S
   val_fraction: float = 0.05  # of the documents (files, or records of .jsonl/.parquet)
   text_key: str = 'text'  # field of .jsonl records, column of .parquet files
-  cache_dir: str = ''  # for trained tokenizers and compiled programs; '': $XDG_CACHE_HOME/moe-lossfree or ~/.cache/...
+  cache_dir: str = ''  # for tokenizers, encoded text, programs; '': $XDG_CACHE_HOME/moe-lossfree or ~/.cache/...
 
 
 @dataclasses.dataclass(frozen=True)

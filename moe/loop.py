@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -20,8 +21,9 @@ from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, profile_range
 from moe.data import baselines
 from moe.data.batches import Batches, pack
+from moe.data.cached import cached
 from moe.data.corpus import load_corpus
-from moe.data.tokenizer import cache_dir, load_tokenizer
+from moe.data.tokenizer import ByteTokenizer, cache_dir, load_tokenizer
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.inference.generate import continuation
@@ -48,14 +50,11 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
   use_compilation_cache(config)
   corpus = load_corpus(config.data)
   tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
-  rows = {
-    'train': pack(corpus.train, tokenizer, config.data.seq_len, 'the training text'),
-    'val': pack(corpus.val, tokenizer, config.data.seq_len, 'the validation text'),
-  }
+  rows = _rows(corpus, tokenizer, config.data)
   run_dir.make_dir(path)
   if jax.process_index() == 0:
     run_dir.describe_run(path, config, device_mesh, command or run_dir.command_line())
-    _describe_data(path, corpus, tokenizer, rows)
+    _describe_data(path, corpus, tokenizer, rows, config.data)
   with _stop_on_signal() as stop, contextlib.closing(Run(config, path, device_mesh, rows, tokenizer)) as run:
     return run.finish() if run.train(stop) else None
 
@@ -250,7 +249,21 @@ def _stop_on_signal():
       signal.signal(number, handler)
 
 
-def _describe_data(path: pathlib.Path, corpus, tokenizer, rows):
+def _rows(corpus, tokenizer, data):
+  """Packed training and validation text. Encoded text is kept, unless it is bytes, which takes no time to encode."""
+
+  def rows(split, documents, what):
+    keep = functools.partial(cached, data, f'tokens-{tokenizer.digest}-{corpus.digest}-{split}')
+    kept = {} if isinstance(tokenizer, ByteTokenizer) else {'keep': keep}
+    return pack(documents, tokenizer, data.seq_len, what, **kept)
+
+  return {
+    'train': rows('train', corpus.train, 'the training text'),
+    'val': rows('val', corpus.val, 'the validation text'),
+  }
+
+
+def _describe_data(path: pathlib.Path, corpus, tokenizer, rows, data):
   """Writes data.json and tokenizer.json. Raises UserError if the text is not the one the run began with."""
   file = path / 'data.json'
   if file.exists():
@@ -269,8 +282,7 @@ def _describe_data(path: pathlib.Path, corpus, tokenizer, rows):
       'val_bytes': corpus.val_bytes,
       'train_tokens': rows['train'].num_targets,
       'val_tokens': rows['val'].num_targets,
-      'trigram_bits_per_byte': baselines.trigram_bits_per_byte(corpus.train, corpus.val),
-      'gzip_bits_per_byte': baselines.gzip_bits_per_byte(corpus.val),
+      **{name: float(value) for name, value in _baselines(corpus, data).items()},
     }
     tokenizer.save(path / 'tokenizer.json')
     write_atomically(file, json.dumps(old, indent=2) + '\n')
@@ -279,3 +291,11 @@ def _describe_data(path: pathlib.Path, corpus, tokenizer, rows):
     f'corpus: {old["corpus"]}, {megabytes:.1f} MB; on its validation split a byte trigram takes '
     f'{old["trigram_bits_per_byte"]:.3f} bits/byte, gzip {old["gzip_bits_per_byte"]:.3f}'
   )
+
+
+def _baselines(corpus, data):
+  make = lambda: {
+    'trigram_bits_per_byte': baselines.trigram_bits_per_byte(corpus.train, corpus.val),
+    'gzip_bits_per_byte': baselines.gzip_bits_per_byte(corpus.val),
+  }
+  return cached(data, f'baselines-{corpus.digest}', make)

@@ -1,6 +1,6 @@
 """Packs documents into rows of one token stream and serves shuffled training and ordered evaluation batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -69,29 +69,44 @@ class Rows:
     return batch
 
 
-def pack(documents: Sequence[Document], tokenizer: Tokenizer, seq_len: int, what: str = 'the corpus') -> Rows:
+def pack(
+  documents: Sequence[Document],
+  tokenizer: Tokenizer,
+  seq_len: int,
+  what: str = 'the corpus',
+  keep: Callable[[Callable[[], dict]], dict] = lambda encode: encode(),
+) -> Rows:
   """Encodes `documents` into one stream and cuts it into rows of `seq_len` targets.
 
   Args:
     what: names the documents in errors, such as 'the validation text'.
+    keep: calls its argument, which encodes, or returns what that gave before.
 
   Raises:
     UserError: the stream is shorter than one row.
   """
+  stream = keep(lambda: _encode(documents, tokenizer))
+  num_tokens = len(stream['token_N'])
+  if num_tokens < seq_len + 1:
+    raise UserError(
+      f'sequence longer than {what}: data.seq_len = {seq_len} needs {seq_len + 1} tokens, but {what} has only '
+      f'{num_tokens}; lower data.seq_len or give more text'
+    )
+  return Rows(**stream, seq_len=seq_len, num_bytes=sum(len(document.text) for document in documents))
+
+
+def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """token_N and document_starts of `Rows`."""
   dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
   parts, lengths = [], []
   for chunk in _chunks(documents):
     for ids in tokenizer.encode_batch([document.text for document in chunk]):
       parts += [np.array([tokenizer.bos_id], dtype), ids.astype(dtype)]
       lengths.append(1 + len(ids))
-  num_tokens = sum(lengths)
-  if num_tokens < seq_len + 1:
-    raise UserError(
-      f'sequence longer than {what}: data.seq_len = {seq_len} needs {seq_len + 1} tokens, but {what} has only '
-      f'{num_tokens}; lower data.seq_len or give more text'
-    )
-  starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
-  return Rows(np.concatenate(parts), starts, seq_len, sum(len(document.text) for document in documents))
+  return {
+    'token_N': np.concatenate([*parts, np.zeros(0, dtype)]),
+    'document_starts': np.cumsum([0, *lengths[:-1]], dtype=np.int64),
+  }
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:

@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, a BPE trained on the corpus, or any `tokenizer.json`."""
 
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -44,6 +45,11 @@ class Tokenizer(ABC):
   @abstractmethod
   def to_json(self) -> str:
     """What `save` writes."""
+
+  @property
+  def digest(self) -> str:
+    """sha256 (hex) of `to_json`."""
+    return hashlib.sha256(self.to_json().encode()).hexdigest()
 
   def save(self, path: str | Path) -> None:
     """Writes a file from which `load_saved` restores this tokenizer."""
