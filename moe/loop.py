@@ -253,9 +253,10 @@ def _rows(corpus, tokenizer, data):
   """Packed training and validation text. Encoded text is kept, unless it is bytes, which takes no time to encode."""
 
   def rows(split, documents, what):
+    if isinstance(tokenizer, ByteTokenizer):
+      return pack(documents, tokenizer, data.seq_len, what)
     keep = functools.partial(cached, data, f'tokens-{tokenizer.digest}-{corpus.digest}-{split}')
-    kept = {} if isinstance(tokenizer, ByteTokenizer) else {'keep': keep}
-    return pack(documents, tokenizer, data.seq_len, what, **kept)
+    return pack(documents, tokenizer, data.seq_len, what, keep)
 
   return {
     'train': rows('train', corpus.train, 'the training text'),

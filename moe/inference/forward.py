@@ -141,9 +141,9 @@ def mla(w: dict, cache_BTW, x_TD, chunk: Chunk, model: ModelConfig):
   if model.q_lora_rank:
     query_TA = down_PTF.sum(0)[:, : model.q_lora_rank].astype(x_TD.dtype)
     query_PTQ = project(rms_norm(query_TA, w['scale_query_A'], model.norm_eps), w['w_query_AHN'])
-  position_BS = jnp.where(chunk.valid_BS, chunk.position_BS, cache_BTW.shape[1])  # past the end: not written
+  rows_BS = rows_to_write(cache_BTW, chunk)
   inputs = Inputs(
-    query_PTQ, down_PTF, w['w_key_CHN'], w['scale_kv_C'], chunk.cos_BSR, chunk.sin_BSR, position_BS, cache_BTW
+    query_PTQ, down_PTF, w['w_key_CHN'], w['scale_kv_C'], chunk.cos_BSR, chunk.sin_BSR, rows_BS, cache_BTW
   )
   absorb = lambda *inputs: absorbed(Inputs(*inputs), model.norm_eps)
   if lax.axis_size('tensor') == 1 and len(x_TD) <= latent_inputs_gpu.FEW_TOKENS:
@@ -181,10 +181,15 @@ def mha(w: dict, cache, x_TD, chunk: Chunk, model: ModelConfig):
   heads = in_BSF.shape[-1] // (2 * R + U)
   query, key, value = jnp.split(in_BSF, [heads * R, 2 * heads * R], axis=-1)
   q_BSHR, k_BSHR = (turn(in_heads(a, R), chunk.cos_BSR, chunk.sin_BSR) for a in (query, key))
-  position_BS = jnp.where(chunk.valid_BS, chunk.position_BS, cache[0].shape[1])  # past the end: not written
-  keys, values = write(cache[0], k_BSHR, position_BS), write(cache[1], in_heads(value, U), position_BS)
+  rows_BS = rows_to_write(cache[0], chunk)
+  keys, values = write(cache[0], k_BSHR, rows_BS), write(cache[1], in_heads(value, U), rows_BS)
   out_BSHU = attend(q_BSHR, keys, values, chunk, softmax_scale(model))
   return project(out_BSHU.reshape(len(x_TD), -1), w['w_out_HUD']), (keys, values)
+
+
+def rows_to_write(cache, chunk: Chunk) -> jax.Array:
+  """int32 [B, S] rows of `cache` [B, capacity, ...] for the chunk's tokens; for those not valid, past the end."""
+  return jnp.where(chunk.valid_BS, chunk.position_BS, cache.shape[1])
 
 
 def write(cache, new_BSX, position_BS):

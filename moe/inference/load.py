@@ -105,7 +105,7 @@ def _eos_ids(path, fields, tokenizer):
   file = path / 'generation_config.json'
   try:
     named = json.loads(file.read_text()).get('eos_token_id') if file.is_file() else None
-  except (ValueError, AttributeError) as error:
+  except (OSError, ValueError, AttributeError) as error:
     raise UserError(f'{file} is not a JSON object: {error}') from error
   named = fields.get('eos_token_id') if named is None else named
   named = named if isinstance(named, list) else [named]

@@ -42,27 +42,23 @@ def as_each(rows: int, experts: int) -> bool:
   return item_rows(rows, experts) == 1
 
 
-def matmul_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
-  """Multiplies row m // (M / T) of x with the matrix of expert_M[m], for each m.
+def swiglu_each(x_TD: jax.Array, w_gate: Weight, w_up: Weight, expert_M: jax.Array) -> jax.Array:
+  """silu(x w_gate) * (x w_up), of row m // (M / T) of x and the matrices of expert_M[m], for each m.
 
   Args:
     x_TD: rows.
-    w: [e, D, F], a matrix per expert.
+    w_gate, w_up: [e, D, F], a matrix per expert, of one kind, in one pass over both.
     expert_M: int32; e for none. M is a multiple of T.
 
   Returns:
     y_MF, summed in float32; 0 where there is no expert.
   """
-  return _each(x_TD, (w,), expert_M)
-
-
-def swiglu_each(x_TD: jax.Array, w_gate: Weight, w_up: Weight, expert_M: jax.Array) -> jax.Array:
-  """silu(x w_gate) * (x w_up) of weights of one kind, in one pass over both; else as `matmul_each`."""
-  return _each(x_TD, (w_gate, w_up), expert_M)
+  operands = align(x_TD, (w_gate, w_up), expert_M)
+  return lax.platform_dependent(*operands, cuda=few_rows_gpu.products_each, default=_row_by_row)
 
 
 def parts_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
-  """float32 [P, M, F] that add up to `matmul_each`, over P; one part is in its dtype.
+  """float32 [P, M, F] that add up, over P, to products as in `swiglu_each`, with one matrix; one part is as those are.
 
   On GPUs a sum has several parts, so that enough of them are under way: whoever reads the product adds them up as it
   does so. Elsewhere the other parts are zeros.
@@ -74,21 +70,18 @@ def parts_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
 
 
 def parts_dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
-  """float32 [P, M, F] that add up to `dense`; as `parts_each`."""
+  """The same of all rows times one matrix, [D, F] or that of an expert in [e, D, F]."""
   parts = count_parts(_stack((w,), expert)[0], 'dense', len(x_MD))
   on_gpu = lambda x_MD, w: few_rows_gpu.parts_dense(x_MD, *_stack(w, expert))
   plain = lambda x_MD, w: _as_parts(_at_once(x_MD, (matrix(w, expert),)), parts)
   return lax.platform_dependent(*align(x_MD, w), cuda=on_gpu, default=plain)
 
 
-def dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
-  """All rows times one matrix, [D, F] or that of an expert in [e, D, F]: y_MF, summed in float32."""
-  return _dense(x_MD, (w,), expert)
-
-
 def dense_swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight, expert: int | None = None) -> jax.Array:
-  """silu(x w_gate) * (x w_up); as `dense`."""
-  return _dense(x_MD, (w_gate, w_up), expert)
+  """silu(x w_gate) * (x w_up) of all rows; weights as of `parts_dense`."""
+  on_gpu = lambda x_MD, ws: few_rows_gpu.products_dense(x_MD, *_stack(ws, expert))
+  plain = lambda x_MD, ws: _at_once(x_MD, matrix(ws, expert))
+  return lax.platform_dependent(*align(x_MD, (w_gate, w_up)), cuda=on_gpu, default=plain)
 
 
 def matrix(ws, expert: int | None):
@@ -98,10 +91,6 @@ def matrix(ws, expert: int | None):
 
 def _products(x_MD, ws, size_e):
   return lax.platform_dependent(*align(x_MD, ws, size_e), cuda=few_rows_gpu.products, default=_by_expert)
-
-
-def _each(x_TD, ws, expert_M):
-  return lax.platform_dependent(*align(x_TD, ws, expert_M), cuda=few_rows_gpu.products_each, default=_row_by_row)
 
 
 def _row_by_row(x_TD, ws, expert_M):
@@ -114,13 +103,6 @@ def _row_by_row(x_TD, ws, expert_M):
     return lax.dynamic_update_slice_in_dim(y_MF, jnp.where(expert_M[m] < experts, y, 0), m, 0)
 
   return lax.fori_loop(0, M, step, vary(jnp.zeros((M, F), result_dtype(x_TD, ws)), varying_axes(x_TD)))
-
-
-def _dense(x_MD, ws, expert):
-  on_gpu = lambda x_MD, ws: few_rows_gpu.products_dense(x_MD, *_stack(ws, expert))
-  return lax.platform_dependent(
-    *align(x_MD, ws), cuda=on_gpu, default=lambda x_MD, ws: _at_once(x_MD, matrix(ws, expert))
-  )
 
 
 def _stack(ws, expert):
