@@ -1,6 +1,8 @@
 """What every script under experiments/ shares: run an absl main, and print a user's mistake as one line."""
 
+import logging as std_logging
 import sys
+import warnings
 
 from absl import app, flags, logging
 
@@ -15,7 +17,7 @@ def run(main) -> None:
   """
 
   def guarded(argv):
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates every file it opens
+    _quieten_orbax()
     try:
       return main(argv)
     except UserError as error:
@@ -28,6 +30,20 @@ def fail(error) -> None:
   """Prints `error` as one line on stderr and exits with status 2."""
   print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def _quieten_orbax():
+  """No narration of every file opened, nor of a failed write: its error reaches the caller, who says it in one line.
+
+  Before that, each array that was still being written adds a traceback, from whichever thread it was in: Orbax's log,
+  asyncio's log, and tensorstore, whose callbacks find the event loop gone and end in `sys.unraisablehook`.
+  """
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().addFilter(lambda record: '/orbax/' not in record.pathname or record.exc_info is None)
+  std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+  show = sys.unraisablehook
+  sys.unraisablehook = lambda found: None if str(found.exc_value) == 'Event loop is closed' else show(found)
 
 
 def _parse_flags(argv):

@@ -352,6 +352,7 @@ def test_a_write_that_fails_half_way_ends_the_run(corpus, tmp_path):
   limited = ['sh', '-c', 'ulimit -f 117; exec "$@"', 'sh', *command(tmp_path, settings)]  # blocks of 512 bytes
   result = subprocess.run(limited, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
   assert result.returncode == 2
+  assert 'Traceback' not in result.stderr
   assert '\nerror: cannot write a checkpoint' in result.stderr
   assert 'there is no complete checkpoint' in result.stderr
   assert not [path for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdigit()]

@@ -54,19 +54,22 @@ class RunWeights:
     return self._piece(view.name, tuple(piece))[expert]
 
   def _read(self, name, index):
-    try:
-      return self._arrays[name][index].read().result()
-    except ValueError as error:
-      raise UserError(f'checkpoint {self.path} is damaged: {str(error).splitlines()[0][:300]}') from error
+    return self._or_damaged(lambda: self._arrays[name][index].read().result())
 
   def _open(self, name):
     item = 'balance' if name == 'bias_LE' else 'params'
-    store = {'driver': 'ocdbt', 'base': f'file://{self.path / item}/', 'path': f'{name}/'}
-    spec = {'driver': 'zarr', 'kvstore': store, 'fill_missing_data_reads': False}  # else lost chunks read as 0
+    files = {'driver': 'ocdbt', 'base': f'file://{self.path / item}/', 'path': f'{name}/'}
+    spec = {'driver': 'zarr', 'kvstore': files, 'fill_missing_data_reads': False}  # else lost chunks read as 0
+    header = self._or_damaged(lambda: ts.KvStore.open(files).result().read('.zarray').result())
+    if header.state == 'missing':
+      raise UserError(f'checkpoint {self.path} does not fit the model: {name} is missing there')
+    return self._or_damaged(lambda: ts.open(spec, open=True, read=True).result())
+
+  def _or_damaged(self, action):
     try:
-      return ts.open(spec, open=True, read=True).result()
+      return action()
     except ValueError as error:
-      raise UserError(f'checkpoint {self.path} does not fit the model: {name} is missing there') from error
+      raise UserError(f'checkpoint {self.path} is damaged: {str(error).splitlines()[0][:300]}') from error
 
 
 def _check_format(path):
