@@ -9,35 +9,44 @@ BROKEN = '\N{REPLACEMENT CHARACTER}'
 
 
 class TextStream:
-  """The text of one sequence that grows. Characters whose bytes have not all come, and what may become a stop string,
-  are held back."""
+  """The text of one sequence that grows: `text` is all that was said.
+
+  Characters whose bytes have not all come, and what may become a stop string, are held back.
+  """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
     """stops: texts at which it ends, themselves not part of it. Raises UserError if one is empty."""
     if '' in stops:
       raise UserError('a stop string is empty; give at least one character, or no --stop at all')
-    self.tokenizer, self.stops, self.stopped = tokenizer, tuple(stops), False
-    self._tokens, self._said = [], 0
+    self.tokenizer, self.stops, self.stopped, self.text = tokenizer, tuple(stops), False, ''
+    # The newest tokens, whose text is decoded anew as it grows: of them the older ones' is known and only gives the
+    # newer ones their context (a tokenizer may drop the first space of what it decodes).
+    self._tokens, self._older, self._known, self._held = [], 0, 0, ''
 
   def add(self, tokens: Sequence[int], last: bool = False) -> str:
     """New text that is certain after `tokens`; all there is if they are the `last`."""
     self._tokens += tokens
-    text = self.tokenizer.decode(self._tokens)
-    found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+    decoded = self.tokenizer.decode(self._tokens)
+    whole = decoded if last else decoded.rstrip(BROKEN)
+    self._held += whole[self._known :]
+    self._known = max(self._known, len(whole))
+    if whole == decoded:
+      self._forget()
+    found = [at for at in (self._held.find(stop) for stop in self.stops) if at >= 0]
     if found:
       self.stopped, end = True, min(found)
     elif last:
-      end = len(text)
+      end = len(self._held)
     else:
-      end = len(text.rstrip(BROKEN))
-      end -= max((_overlap(text[:end], stop) for stop in self.stops), default=0)
-    new, self._said = text[self._said : max(end, self._said)], max(end, self._said)
+      end = len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0)
+    new, self._held = self._held[:end], self._held[end:]
+    self.text += new
     return new
 
-  @property
-  def text(self) -> str:
-    """All that was said."""
-    return self.tokenizer.decode(self._tokens)[: self._said]
+  def _forget(self):
+    del self._tokens[: self._older]
+    self._older = len(self._tokens)
+    self._known = len(self.tokenizer.decode(self._tokens))
 
 
 def _overlap(text: str, stop: str) -> int:

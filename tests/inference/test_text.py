@@ -1,8 +1,9 @@
 """Text as tokens come: whole characters, and nothing of a stop string."""
 
 import pytest
+import tokenizers
 
-from moe.data.tokenizer import ByteTokenizer
+from moe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from moe.errors import UserError
 from moe.inference.text import TextStream
 
@@ -20,6 +21,42 @@ def test_characters_come_whole():
   said, stream = parts('aä€b')
   assert said == ['a', '', 'ä', '', '', '€', 'b', '']
   assert not stream.stopped
+
+
+def json_tokenizer(decoder) -> JsonTokenizer:
+  """Tokens of a space and a word, of a word, and of single bytes."""
+  words = ['\u2581one', '\u2581two', 'three', *(f'<0x{byte:02X}>' for byte in range(256)), '<s>']
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+  tokenizer.add_special_tokens(['<s>'])
+  tokenizer.decoder = decoder
+  return JsonTokenizer(tokenizer.to_str())
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 7, 100])
+def test_any_pieces_give_the_text_of_all_tokens(size):
+  """Of a decoder that drops the first space and fuses bytes, what a token says depends on those before it."""
+  decoders = tokenizers.decoders
+  tokenizer = json_tokenizer(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]))
+  of_bytes = lambda text: [3 + byte for byte in text.encode()]
+  tokens = [0, 1, 2, *of_bytes(' ä€😀'), 1, 0, *of_bytes('é'), 0, 259, 2, 3 + 0xC3, 2, 1]
+  stream = TextStream(tokenizer)
+  said = [stream.add(tokens[i : i + size], last=i + size >= len(tokens)) for i in range(0, len(tokens), size)]
+  assert ''.join(said) == stream.text == tokenizer.decode(tokens)
+  assert stream.text == 'one twothree ä€😀 two oneé one' + 'three\N{REPLACEMENT CHARACTER}three two'
+
+
+def test_old_tokens_are_not_decoded_again():
+  seen = []
+
+  class Counting(ByteTokenizer):
+    def decode(self, ids):
+      seen.append(len(ids))
+      return super().decode(ids)
+
+  stream = TextStream(Counting())
+  for byte in b'a' * 100:
+    stream.add([byte])
+  assert max(seen) == 2
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 100])
