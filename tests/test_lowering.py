@@ -37,13 +37,20 @@ def lower(config, shape):
   return lowered.compiler_ir()
 
 
-def operations(operation):
-  """An operation and all within it."""
-  yield operation
-  for region in operation.regions:
-    for block in region:
-      for inner in block:
-        yield from operations(inner.operation)
+def operations(module):
+  """Every operation of the main function and all within it; of a function that it calls, at each place of a call."""
+  functions = {function.attributes['sym_name'].value: function for function in module.body.operations}
+
+  def within(operation):
+    yield operation
+    if operation.name == 'func.call':
+      yield from within(functions[operation.attributes['callee'].value].operation)
+    for region in operation.regions:
+      for block in region:
+        for inner in block:
+          yield from within(inner.operation)
+
+  yield from within(functions['main'].operation)
 
 
 def groups_of(attribute, shape):
@@ -58,7 +65,7 @@ def groups_of(attribute, shape):
 def collectives(module, shape):
   """Every collective of the module, once for each place it stands at: a loop's body counts once."""
   found = []
-  for operation in operations(module.operation):
+  for operation in operations(module):
     attributes, kind = operation.attributes, operation.name.removeprefix('stablehlo.')
     if kind == 'custom_call':  # ragged_all_to_all is one
       kind = attributes['call_target_name'].value
@@ -103,7 +110,7 @@ def test_v3_lowers_for_2048_gpus_with_its_tokens_sent_to_their_experts_only():
   }
   # The experts' two products run in the Hopper kernels: forward, recomputed and two gradients each, at both places.
   kernels = collections.Counter(
-    str(op.attributes['call_target_name']) for op in operations(module.operation) if op.name == 'stablehlo.custom_call'
+    str(op.attributes['call_target_name']) for op in operations(module) if op.name == 'stablehlo.custom_call'
   )
   assert kernels['"mosaic_gpu_v2"'] == 2 * (1 + 1 + 2) * 2
   # Besides, GPUs tell one another how many rows come, and nothing more.
@@ -175,7 +182,7 @@ def test_what_runs_again_in_the_backward_pass(remat, fp8, products, attention):
   config = load('h200', f'model.num_layers=1,model.num_dense_layers=0,train.unroll_layers=1,train.remat={remat}')
   config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8=fp8))
   module = lower(config, (1, 1, 1, 1))
-  calls = [operation for operation in operations(module.operation) if operation.name == 'stablehlo.custom_call']
+  calls = [operation for operation in operations(module) if operation.name == 'stablehlo.custom_call']
   targets = [call.attributes['call_target_name'].value for call in calls]
   assert targets.count('mosaic_gpu_v2') == products
   triton = [str(call) for call, target in zip(calls, targets, strict=True) if target == '__gpu$xla.gpu.triton']

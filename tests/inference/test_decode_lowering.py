@@ -60,7 +60,7 @@ def test_decoding_reads_experts_where_they_lie(case):
   _, _, expert, tensor = shape
   held = EXPERTS // expert * D * F // tensor // (2 if scheme == 'mxfp4' else 1)
   large, kernels = collections.Counter(), collections.Counter()
-  for operation in operations(module.operation):
+  for operation in operations(module):
     if operation.name == 'stablehlo.custom_call':
       target = operation.attributes['call_target_name'].value
       takes = {'cache' if CAPACITY in operand.type.shape else '' for operand in operation.operands}

@@ -99,15 +99,19 @@ def test_sees_only_earlier_positions_of_its_segment(name, compiled):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_fp8_projections(name, module_of):
+def test_fp8_projections(name, module_of, fast_jit):
   """Close to the exact ones, and every weight was rounded: none of their blocks' gradients is the exact one."""
   params, (x, cotangent) = parameters(name), inputs()
 
   def run(fp8):
     config = Config(grouped_matmul='blocked', precision=PrecisionConfig(fp8=fp8))
     apply = lambda params, x: module_of(lambda: attention(name), params)(x, jnp.asarray(SEGMENT_BS), config)
-    y, pull = jax.vjp(apply, params, jnp.asarray(x))
-    return y, *pull(jnp.asarray(cotangent))
+
+    def with_gradients(params, x, cotangent):
+      y, pull = jax.vjp(apply, params, x)
+      return y, *pull(cotangent)
+
+    return fast_jit(with_gradients)(params, x, cotangent)
 
   (y, dparams, dx), (exact_y, exact_dparams, exact_dx) = run('attention'), run('experts,ffn')
   distance = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)

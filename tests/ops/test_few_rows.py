@@ -218,7 +218,7 @@ def test_on_cuda_the_kernel_reads_the_weights_as_they_are(kind, rows):
   )
   module = jax.jit(shard).trace(x, w, sizes).lower(lowering_platforms=('cuda',)).compiler_ir()
   kernels, takers = 0, set()
-  for op in operations(module.operation):
+  for op in operations(module):
     target = str(op.attributes['call_target_name']) if op.name == 'stablehlo.custom_call' else op.name
     kernels += 'triton' in target
     taken = [int(np.prod(value.type.shape)) for value in op.operands if hasattr(value.type, 'shape')]

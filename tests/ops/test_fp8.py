@@ -181,7 +181,7 @@ def test_kernels_when_lowered_for_cuda(sizes, fp8_products, quantisations):
 
 
 @pytest.mark.parametrize('power_of_two', [False, True])
-@pytest.mark.parametrize('shape', [(64, 256), (1000, 1408), (8, 7168)])
+@pytest.mark.parametrize('shape', [(64, 256), (40, 1408), (8, 7168)])
 def test_interpreted_kernel_quantizes_rows_as_jnp_does(shape, power_of_two):
   x = jnp.asarray(
     np.random.default_rng(4).normal(size=shape) * 10.0 ** np.arange(-6, 2).repeat(shape[1] // 8), 'bfloat16'

@@ -6,6 +6,8 @@ Two kernels, built on `persistent.py`:
     rows by rows     dw_eDF = x_MD^T dy_MF, per expert
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -46,6 +48,7 @@ def _backward(saved, dy_MF):
 _product.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.jit, static_argnames='transpose')  # lowered once for all products of a shape
 def _rows_by_matrix(x_MK, w, size_e, transpose: bool):
   """y[r] = x[r] @ w[expert of r], or @ w[...]^T if `transpose`."""
   M, K = x_MK.shape
@@ -82,6 +85,7 @@ def _rows_by_matrix(x_MK, w, size_e, transpose: bool):
   return persistent.call(body, SLOTS, ring, (M, N), x_MK.dtype, *tile_table(size_e, M), x_MK, w)
 
 
+@jax.jit
 def _rows_by_rows(x_MD, dy_MF, size_e):
   """dw[e] = x^T dy over the rows of expert e."""
   (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(size_e)

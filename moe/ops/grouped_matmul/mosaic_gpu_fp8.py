@@ -9,6 +9,8 @@ added up in float32 registers, where the scales of both operands are applied as 
 k are blocks of K, b those of expert e's tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +25,7 @@ MULTIPLIERS, SLOTS = 3, 4  # with a third multiplier, the tensor cores work whil
 TILE_M = MULTIPLIERS * WG_ROWS
 
 
+@functools.partial(jax.jit, static_argnames='out_dtype')  # lowered once for all products of a shape
 def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.Array:
   """y[r] = dequantised x[r] @ dequantised w[expert of r]^T.
 
@@ -92,6 +95,7 @@ def rows_by_matrix(x_MK, scale_MB, w_eNK, scale_eAB, size_e, out_dtype) -> jax.A
   return persistent.call(body, SLOTS, ring, (M, N), out_dtype, *operands, multipliers=MULTIPLIERS)
 
 
+@functools.partial(jax.jit, static_argnames='out_dtype')
 def rows_by_rows(x_DM, scale_BD, dy_FM, scale_BF, first_e, blocks_e, out_dtype) -> jax.Array:
   """dw[e] = dequantised x @ dequantised dy^T, over the tokens of expert e.
 
