@@ -10,7 +10,7 @@ demo: .venv/installed  ## train the tiny model on Python's standard library and 
 	$(BIN)/python experiments/train.py --config=configs/tiny.py --workdir=runs/tiny
 
 test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
 
 test-live: .venv-torch/installed  ## our checkpoints in transformers, and theirs here
 	.venv-torch/bin/python -c 'import torch, transformers'  # without them the tests would skip themselves
