@@ -40,13 +40,16 @@ from moe.bench import layer as layer_suite
 from moe.bench import peers, rows, timing
 from moe.bench import scaling as scaling_suite
 from moe.bench import step as step_suite
-from moe.config import Config, from_config_dict
-from moe.mesh import make_mesh, platform_of
+from moe.config import Config, MeshConfig, from_config_dict
+from moe.mesh import make_mesh, platform_of, setup_devices
 
 SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate'), 'What to measure.')
 REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median counts.', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
+CPU_DEVICES = flags.DEFINE_integer(
+  'cpu_devices', 0, 'generate: split the CPU into so many virtual devices, which share a batch.', lower_bound=0
+)
 CONTENDER = flags.DEFINE_string('contender', '', 'step: measure this one here, and print its row as JSON.')
 
 
@@ -91,7 +94,7 @@ def step(hopper: bool) -> list[dict]:
 
 def generate(hopper: bool) -> list[dict]:
   config = from_config_dict((h200 if hopper else tiny).get_config('model.mtp_depth=0'))
-  return generate_suite.measure(config, REPEATS.value)
+  return generate_suite.measure(config, REPEATS.value, CPU_DEVICES.value or 1)
 
 
 def _compute_dense_repeats_inner(hopper):
@@ -102,6 +105,7 @@ def _compute_dense_repeats_inner(hopper):
 def main(argv):
   del argv
   suites = {'gemm': gemm, 'fp8': fp8, 'layer': layer, 'scaling': scaling, 'step': step, 'generate': generate}
+  setup_devices(MeshConfig(cpu_devices=CPU_DEVICES.value))
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
   if CONTENDER.value:
     print(json.dumps(results[0]))

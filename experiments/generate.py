@@ -17,16 +17,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its 
 from absl import flags
 
 from moe import cli
-from moe.config import MeshConfig
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
-from moe.inference import generate, load, quantize, weights
+from moe.inference import flags as model_flags
+from moe.inference import generate, quantize, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.text import TextStream
-from moe.loop import use_compilation_cache
 
-CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Run directory, or folder of a Hugging Face checkpoint.')
+flags.adopt_module_key_flags(model_flags)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')
 MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'New tokens per prompt at most.', lower_bound=1)
 CACHE_TOKENS = flags.DEFINE_integer(
@@ -45,26 +44,15 @@ QUANTIZE = flags.DEFINE_enum(
   'Weights in FP8, or experts in MXFP4 and the rest in FP8; those that a folder holds quantised stay as they are.',
 )
 DEQUANTIZE = flags.DEFINE_bool('dequantize', False, 'Load what a folder holds quantised as plain numbers.')
-TOKENIZER = flags.DEFINE_string('tokenizer', '', 'byte, or a tokenizer.json; that of the checkpoint if not given.')
-DTYPE = flags.DEFINE_string('dtype', '', 'To compute in, float32 or bfloat16; as in training if not given.')
-EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that share the experts.', lower_bound=1)
-TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden width and vocabulary.', lower_bound=1)
-CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Split the CPU into so many virtual devices.', lower_bound=0)
 
 
 def main(argv):
   if argv[1:]:
     raise UserError(f'unexpected argument {argv[1]!r}; a prompt is given by --prompt')
-  if not CHECKPOINT.value:
-    raise UserError('--checkpoint is missing; give a run directory, such as --checkpoint=runs/tiny')
   if not PROMPT.value or '' in PROMPT.value:
     raise UserError('the prompt is empty; give a text, such as --prompt="def "')
   how = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-  mesh = MeshConfig(expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
-  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, not DEQUANTIZE.value, TOKENIZER.value)
-  for remark in model.remarks:
-    print(remark, file=sys.stderr)
-  use_compilation_cache(model.config)
+  model = model_flags.load_model(quantized=not DEQUANTIZE.value)
   prompts = [encode(text, model.tokenizer) for text in PROMPT.value]
   seeds = [SEED.value + i for i in range(len(prompts))]
   capacity = CACHE_TOKENS.value or max(map(len, prompts)) + MAX_TOKENS.value

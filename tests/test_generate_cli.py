@@ -22,6 +22,7 @@ from moe.checkpoint import Checkpoints
 from moe.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from moe.data.tokenizer import ByteTokenizer
 from moe.errors import UserError
+from moe.inference import flags as model_flags  # noqa: F401  declared once, whichever script comes first
 from moe.inference import load
 from moe.interop import to_hf
 from moe.model import transformer
@@ -122,6 +123,8 @@ def test_several_prompts_and_a_stop(run, script, capsys):
   script('generate', *always, '--stop=never there')
   out = capsys.readouterr().out
   assert re.search(r'^--- (end|length) ---\nx.*--- (end|length) ---\ny =', out, re.DOTALL)
+  script('generate', *always, '--data=2')
+  assert capsys.readouterr().out == out
 
 
 def test_evaluation(run, folder, corpus, script, capsys):

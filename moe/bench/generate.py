@@ -1,11 +1,14 @@
 """Greedy generation beside transformers' `generate` with the same weights: whole calls, and their decoding alone."""
 
 import dataclasses
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe import state
 from moe.bench import peers, rows, timing
@@ -20,22 +23,23 @@ from moe.step import resolve
 PROMPT, NEW, BATCHES = 128, 128, (1, 32)
 
 
-def measure(config: Config, repeats: int) -> list[dict]:
+def measure(config: Config, repeats: int, devices: int = 1) -> list[dict]:
   """A row per batch and contender: ours in each of `quantize.SCHEMES`, and transformers' where torch is.
 
   Args:
     config: model and precision.compute.
     repeats: calls, of which the median counts.
+    devices: that share a batch, as far as it can be divided.
   """
-  config = dataclasses.replace(config, data=DataConfig(), train=TrainConfig(batch_size=1), mesh=MeshConfig())
-  mesh = make_mesh(config)
-  config = resolve(config, mesh, platform_of(mesh))
+  config = dataclasses.replace(config, data=DataConfig(), train=TrainConfig(batch_size=devices), mesh=MeshConfig())
+  one, *meshes = (make_mesh(_over(config, math.gcd(batch, devices))) for batch in (1, *BATCHES))
+  config = resolve(config, one, platform_of(one))
   timing.say('generate: make the weights')
-  made = state.create(config, mesh)
+  made = state.create(config, one)
   params, bias_LE = made.params, made.balance['bias_LE']
   del made
   compute = jnp.dtype(config.precision.compute)
-  bytes_per_s = memory_bytes_per_s(2**28 if platform_of(mesh) == 'cpu' else 2**30)
+  bytes_per_s = memory_bytes_per_s(2**28 if platform_of(one) == 'cpu' else 2**30)
   peer = None
   if not peers.missing():
     timing.say(f'generate: {peers.NAME}, make the model')
@@ -43,11 +47,13 @@ def measure(config: Config, repeats: int) -> list[dict]:
   found = []
   for scheme in quantize.SCHEMES:
     timing.say(f'generate: weights in scheme {scheme}')
-    ready = weights.prepare(params, bias_LE, config, mesh, scheme)
-    for batch in BATCHES:
+    placed = {mesh: jax.device_put((params, bias_LE), NamedSharding(mesh, P())) for mesh in set(meshes)}
+    ready = {mesh: weights.prepare(*trees, config, mesh, scheme) for mesh, trees in placed.items()}
+    del placed
+    for batch, mesh in zip(BATCHES, meshes, strict=True):
       name = f'ours {compute.name}' if scheme == 'none' else f'ours {scheme}'
       with rows.attempt(of_batch := {}, name):
-        of_batch[name] = ours(ready, config, mesh, batch, repeats, bytes_per_s)
+        of_batch[name] = ours(ready[mesh], config, mesh, batch, repeats, bytes_per_s)
       found.append({'shape': f'batch {batch}', 'name': name} | of_batch[name])
       timing.say(
         f'generate: {name}, batch {batch}: {of_batch[name].get("decode_tokens_per_s", 0):,.0f} tokens/s decoding'
@@ -56,6 +62,10 @@ def measure(config: Config, repeats: int) -> list[dict]:
     timing.say(f'generate: {peers.NAME}, batch {batch}')
     found.append({'shape': f'batch {batch}', 'name': peers.NAME} | theirs(peer, config, batch, found))
   return _beside_peer(found)
+
+
+def _over(config, data: int) -> Config:
+  return dataclasses.replace(config, mesh=MeshConfig(data=data))
 
 
 def ours(ready, config: Config, mesh, batch: int, repeats: int, bytes_per_s: float) -> dict:

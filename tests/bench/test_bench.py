@@ -152,7 +152,7 @@ def generation(monkeypatch):
 
 def test_generate_rows(generation, monkeypatch):
   monkeypatch.setattr(peers, 'missing', lambda: 'none here')
-  found = generate.measure(generation, repeats=1)
+  found = generate.measure(generation, repeats=1, devices=2)
   assert [row['name'] for row in found] == ['ours float32', 'ours fp8', 'ours mxfp4']
   assert all(row['tokens_per_s'] == pytest.approx(2 * 4 / row['s']) for row in found)
   plain, fp8_row, mxfp4 = (row['touched_gb'] for row in found)
