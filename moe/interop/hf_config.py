@@ -150,10 +150,11 @@ def _rope_to_hf(model):
     'beta_fast': model.yarn_beta_fast,
     'beta_slow': model.yarn_beta_slow,
     # The softmax scale is multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2, sines and cosines by the quotient of
-    # the same term (not squared) for mscale and for mscale_all_dim, which is attention_factor where a reader knows it.
+    # the same term (not squared) for mscale and for mscale_all_dim. From mscale = 0 transformers derives another
+    # quotient unless attention_factor names it. vLLM, if that is 1, leaves the softmax scale alone: right for 0 only.
     'mscale': model.yarn_mscale,
     'mscale_all_dim': model.yarn_mscale,
-    'attention_factor': 1.0,
+    **({} if model.yarn_mscale else {'attention_factor': 1.0}),
   }
 
 

@@ -113,8 +113,15 @@ def _write_tokenizer(folder, run, tokenizer) -> list[str]:
     return [f'no tokenizer.json: {run} has none']
   if isinstance(tokenizer, ByteTokenizer):
     return ['no tokenizer.json: this run reads bytes (ids 0..255, 256 starts a document)']
-  shutil.copyfile(run / 'tokenizer.json', folder / 'tokenizer.json')
-  bos_token = tokenizers.Tokenizer.from_file(str(run / 'tokenizer.json')).id_to_token(tokenizer.bos_id)
+  served = tokenizers.Tokenizer.from_file(str(run / 'tokenizer.json'))
+  bos_token = served.id_to_token(tokenizer.bos_id)
+  if served.encode('').ids == [tokenizer.bos_id]:
+    shutil.copyfile(run / 'tokenizer.json', folder / 'tokenizer.json')
+  else:  # who serves the folder encodes a prompt by this file alone, and in training every document began with BOS
+    begin = tokenizers.processors.TemplateProcessing(f'{bos_token} $A', special_tokens=[(bos_token, tokenizer.bos_id)])
+    before = [served.post_processor] if served.post_processor else []
+    served.post_processor = tokenizers.processors.Sequence([*before, begin])
+    served.save(str(folder / 'tokenizer.json'))
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': bos_token, 'eos_token': bos_token}
   (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2) + '\n', 'utf-8')
   return []

@@ -9,6 +9,7 @@ from our_runs import make_run, nested, random_arrays, read_hf, read_run
 
 from moe import loop
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from moe.data.tokenizer import load_saved
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
@@ -51,15 +52,17 @@ def compare(config, arrays, folder, mesh, jit):
 
 
 def test_train_export_load(tmp_path, mesh_of, fast_jit):
-  """A run of a few steps, its newest checkpoint exported: the same logits there."""
+  """A run of a few steps, its newest checkpoint exported: the same logits there, and the same tokens of a text."""
   (tmp_path / 'text').mkdir()
   for number in range(9):
     (tmp_path / 'text' / f'{number}.txt').write_text(f'{number} is what it is. ' * 40)
   widths = {'d_model': 32, 'd_ff': 48, 'd_expert': 16, 'num_experts': 8, 'num_layers': 2, 'kv_lora_rank': 16}
   config = Config(
-    model=ModelConfig(**widths, qk_nope_dim=8, qk_rope_dim=8, v_dim=8, top_k=2, mtp_depth=0),
+    model=ModelConfig(**widths, vocab_size=280, qk_nope_dim=8, qk_rope_dim=8, v_dim=8, top_k=2, mtp_depth=0),
     balance=BalanceConfig(gamma=0.05),
-    data=DataConfig(paths=str(tmp_path / 'text'), seq_len=32, val_fraction=0.2),
+    data=DataConfig(
+      paths=str(tmp_path / 'text'), tokenizer='bpe', cache_dir=str(tmp_path), seq_len=32, val_fraction=0.2
+    ),
     train=TrainConfig(steps=4, batch_size=8, eval_sequences=4, sample_tokens=0),
     optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=1),
   )
@@ -69,6 +72,9 @@ def test_train_export_load(tmp_path, mesh_of, fast_jit):
   assert step == 4
   assert np.abs(arrays['bias_LE']).max() > 0.04
   compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
+  tokenizer = load_saved(tmp_path / 'run' / 'tokenizer.json')
+  expected = [tokenizer.bos_id, *tokenizer.encode(b'what it is')]  # as a document begins in training
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')('what it is').input_ids == expected
 
 
 def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):

@@ -21,6 +21,7 @@ from configs import deepseek_v3
 from moe import state
 from moe.checkpoint import Checkpoints, flatten
 from moe.config import BalanceConfig, Config, ModelConfig, from_config_dict
+from moe.data.tokenizer import load_saved
 from moe.errors import UserError
 from moe.interop import from_hf, hf_config, load, names, shards, to_hf
 from moe.model import transformer
@@ -296,14 +297,30 @@ def test_tokenizer_goes_along(tiny_model, tmp_path):
   assert not (tmp_path / 'bytes' / 'tokenizer.json').exists()
   assert json.loads((tmp_path / 'bytes' / 'config.json').read_text())['bos_token_id'] == 256
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1, '<s>': 2}, []))
+  tokenizer.post_processor = tokenizers.processors.ByteLevel()
   tokenizer.save(str(run / 'tokenizer.json'))
   to_hf.export_run(run, tmp_path / 'hf')
+  exported = tmp_path / 'hf' / 'tokenizer.json'
+  assert tokenizers.Tokenizer.from_file(str(exported)).encode('ab').ids == [2, 0, 1]  # a document begins with BOS
+  assert load_saved(exported).encode(b'ab').tolist() == [0, 1]  # which our data pipeline adds
   assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['eos_token_id'] == 2
   assert json.loads((tmp_path / 'hf' / 'tokenizer_config.json').read_text())['bos_token'] == '<s>'
   from_hf.import_run(tmp_path / 'hf', tmp_path / 'again')
-  assert (tmp_path / 'again' / 'tokenizer.json').read_bytes() == (run / 'tokenizer.json').read_bytes()
+  to_hf.export_run(tmp_path / 'again', tmp_path / 'hf_again')
+  for folder in ('again', 'hf_again'):
+    assert (tmp_path / folder / 'tokenizer.json').read_bytes() == exported.read_bytes()
   imported = json.loads((tmp_path / 'again' / 'config.json').read_text())['config']
   assert imported['data']['tokenizer'] == str(tmp_path / 'again' / 'tokenizer.json')
+
+
+@pytest.mark.parametrize('mscale', [0.0, 0.7, 1.0])
+def test_attention_factor_is_named_for_mscale_0_only(tiny_model, mscale):
+  """vLLM takes attention_factor = 1 to mean that mscale does not touch the softmax scale."""
+  rope = hf_config.to_hf(Config(model=dataclasses.replace(tiny_model, yarn_mscale=mscale)), 'float32', None)[
+    'rope_scaling'
+  ]
+  assert (rope['mscale'], rope['mscale_all_dim']) == (mscale, mscale)
+  assert rope.get('attention_factor') == (None if mscale else 1.0)
 
 
 def test_yarn_factor_from_the_longest_length(tiny_model, tmp_path):
