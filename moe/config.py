@@ -80,6 +80,7 @@ class BalanceConfig:
   bias_rule: str = 'sign'  # one of BIAS_RULES
   gamma: float = 0.001  # the bias rules' speed (u in arXiv 2408.15664)
   gamma_off_fraction: float = 0.0  # last fraction of the steps with gamma 0 (0.034 in V3)
+  gamma_decay_fraction: float = 0.0  # fraction of the steps, before those, over which gamma falls linearly to 0
   smebu_kappa: float = 2.0  # slope inside SMEBU's tanh (arXiv 2602.17004)
   smebu_beta: float = 0.5  # SMEBU's momentum
   aux_loss: str = 'none'  # one of AUX_LOSSES
@@ -385,7 +386,7 @@ def _validate_balance(config: Config):
   _one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
   _one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
   _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
-  _fraction(balance, 'balance', 'gamma_off_fraction smebu_beta')
+  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction smebu_beta')
   if balance.bias_rule == 'quantile':
     _require(
       config.model.num_groups == 1,

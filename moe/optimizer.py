@@ -27,9 +27,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def bias_speed(config: BalanceConfig, steps: int):
-  """gamma as a function of the step: constant, and 0 over the last `gamma_off_fraction` of the steps."""
+  """gamma as a function of the step: constant, 0 over the last `gamma_off_fraction` of the steps, and between those
+  falling linearly over `gamma_decay_fraction` of them."""
   last = steps - round(steps * config.gamma_off_fraction)
-  return lambda step: jnp.where(step < last, config.gamma, 0.0).astype(jnp.float32)
+  length = max(round(steps * config.gamma_decay_fraction), 1)
+  return lambda step: (config.gamma * jnp.clip((last - step) / length, 0, 1)).astype(jnp.float32)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -202,8 +202,8 @@ LEAST = {
   2: 'data.seq_len',
 }
 FRACTIONS = (
-  'balance.gamma_off_fraction balance.smebu_beta optimizer.decay_fraction optimizer.final_lr_fraction '
-  'optimizer.beta1 optimizer.beta2'
+  'balance.gamma_off_fraction balance.gamma_decay_fraction balance.smebu_beta optimizer.decay_fraction '
+  'optimizer.final_lr_fraction optimizer.beta1 optimizer.beta2'
 )
 KINDS = {name: kind for name, kind, _ in fields()}
 

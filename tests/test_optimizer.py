@@ -139,3 +139,9 @@ def test_bias_speed(fraction, last):
   values = jax.jit(jax.vmap(speed))(jnp.arange(50))
   assert values.dtype == jnp.float32
   np.testing.assert_array_equal(values, np.where(np.arange(50) < last, 0.25, 0))
+
+
+def test_bias_speed_falls_to_0_where_it_is_off():
+  config = BalanceConfig(gamma=0.5, gamma_off_fraction=0.2, gamma_decay_fraction=0.4)
+  values = jax.jit(jax.vmap(bias_speed(config, 10)))(jnp.arange(10))
+  np.testing.assert_allclose(values, [0.5] * 5 + [0.375, 0.25, 0.125, 0, 0])

@@ -30,7 +30,10 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-  """Training and validation documents, each list sorted by name."""
+  """Training documents, sorted by name, and validation documents, in an order that has nothing to do with their names.
+
+  So the first few validation documents are a sample of all, and neighbours in a folder do not come together.
+  """
 
   train: list[Document]
   val: list[Document]
@@ -87,8 +90,7 @@ def load_corpus(data: DataConfig) -> Corpus:
 def _split_documents(documents: list[Document], fraction: float):
   by_hash = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
   num_val = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-  val = sorted(by_hash[:num_val])
-  return sorted(by_hash[num_val:]), val
+  return sorted(by_hash[num_val:]), by_hash[:num_val]
 
 
 def _split_text(documents: list[Document], fraction: float):
