@@ -6,6 +6,7 @@ python experiments/bench.py --suite=layer --profile
 python experiments/bench.py --suite=scaling --json=scaling.json
 python experiments/bench.py --suite=step
 python experiments/bench.py --suite=generate
+python experiments/bench.py --suite=speculate --checkpoint=runs/mtp
 
 gemm: the grouped matmul's backends beside one dense matmul and, on a GPU with torch, torch's grouped_mm.
 fp8: the forward product in FP8 with block scales and, on a GPU with torch, torch's with a scale per row.
@@ -13,6 +14,7 @@ layer: a MoE layer, router to combine, beside Hugging Face's DeepseekV3MoE where
 scaling: the same over the number of experts and of tokens, with a plot beside the JSON file.
 step: a train step of configs/h200.py's model, beside Hugging Face's DeepseekV3ForCausalLM.
 generate: greedy generation by that model (configs/tiny.py's on a CPU), beside transformers' generate.
+speculate: generation by a trained model of yours, plain and with drafts of its MTP module.
 
 Sizes are for 2 CPU cores or one Hopper GPU, whichever is there. A contender that fails is a row that says so, and the
 exit status is 1.
@@ -39,17 +41,22 @@ from moe.bench import generate as generate_suite
 from moe.bench import layer as layer_suite
 from moe.bench import peers, rows, timing
 from moe.bench import scaling as scaling_suite
+from moe.bench import speculate as speculate_suite
 from moe.bench import step as step_suite
 from moe.config import Config, MeshConfig, from_config_dict
+from moe.errors import UserError
+from moe.inference.load import load
 from moe.mesh import make_mesh, platform_of, setup_devices
 
-SUITE = flags.DEFINE_enum('suite', 'gemm', ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate'), 'What to measure.')
+SUITES = ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate', 'speculate')
+SUITE = flags.DEFINE_enum('suite', 'gemm', SUITES, 'What to measure.')
 REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median counts.', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
 CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices', 0, 'generate: split the CPU into so many virtual devices, which share a batch.', lower_bound=0
 )
+CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'speculate: run directory or Hugging Face folder of the model.')
 CONTENDER = flags.DEFINE_string('contender', '', 'step: measure this one here, and print its row as JSON.')
 
 
@@ -97,6 +104,13 @@ def generate(hopper: bool) -> list[dict]:
   return generate_suite.measure(config, REPEATS.value, CPU_DEVICES.value or 1)
 
 
+def speculate(hopper: bool) -> list[dict]:
+  del hopper
+  if not CHECKPOINT.value:
+    raise UserError('suite speculate needs a model: --checkpoint=RUN, trained with --config.model.mtp_depth=1')
+  return speculate_suite.measure(load(CHECKPOINT.value, MeshConfig()), REPEATS.value)
+
+
 def _compute_dense_repeats_inner(hopper):
   compute, size, inner = ('bfloat16', 8192, 5) if hopper else ('float32', 1024, 1)
   return compute, timing.dense_tflop_per_s(size, compute, REPEATS.value, inner), REPEATS.value, inner
@@ -104,7 +118,7 @@ def _compute_dense_repeats_inner(hopper):
 
 def main(argv):
   del argv
-  suites = {'gemm': gemm, 'fp8': fp8, 'layer': layer, 'scaling': scaling, 'step': step, 'generate': generate}
+  suites = dict(zip(SUITES, (gemm, fp8, layer, scaling, step, generate, speculate), strict=True))
   setup_devices(MeshConfig(cpu_devices=CPU_DEVICES.value))
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
   if CONTENDER.value:

@@ -75,8 +75,11 @@ class Item(NamedTuple):
 
 
 def item_rows(rows: int, experts: int) -> int:
-  """The most rows of a work item: 1 where few experts can have more, else 16 to 64."""
-  if rows == 1 or 4 * rows <= experts:
+  """The most rows of a work item: 1 where few experts can have more, else 16 to 64.
+
+  An expert that several rows share then comes from memory once, and from the L2 cache for the others.
+  """
+  if rows == 1 or 2 * rows <= experts:
     return 1
   return min(64, max(16, pl.next_power_of_2(pl.cdiv(2 * rows, experts + 1))))
 
