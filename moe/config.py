@@ -80,7 +80,8 @@ class BalanceConfig:
   bias_rule: str = 'sign'  # one of BIAS_RULES
   gamma: float = 0.001  # the bias rules' speed (u in arXiv 2408.15664)
   gamma_off_fraction: float = 0.0  # last fraction of the steps with gamma 0 (0.034 in V3)
-  gamma_decay_fraction: float = 0.0  # fraction of the steps, before those, over which gamma falls linearly to 0
+  gamma_decay_fraction: float = 0.0  # fraction of the steps, before those, over which gamma falls linearly
+  gamma_final_fraction: float = 0.0  # to this fraction of it
   smebu_kappa: float = 2.0  # slope inside SMEBU's tanh (arXiv 2602.17004)
   smebu_beta: float = 0.5  # SMEBU's momentum
   aux_loss: str = 'none'  # one of AUX_LOSSES
@@ -386,7 +387,12 @@ def _validate_balance(config: Config):
   _one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
   _one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
   _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
-  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction smebu_beta')
+  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta')
+  _require(
+    balance.gamma_off_fraction + balance.gamma_decay_fraction <= 1,
+    f'config balance.gamma_off_fraction = {balance.gamma_off_fraction} and balance.gamma_decay_fraction = '
+    f'{balance.gamma_decay_fraction} must be at most 1 together: they follow each other',
+  )
   if balance.bias_rule == 'quantile':
     _require(
       config.model.num_groups == 1,

@@ -27,11 +27,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def bias_speed(config: BalanceConfig, steps: int):
-  """gamma as a function of the step: constant, 0 over the last `gamma_off_fraction` of the steps, and between those
-  falling linearly over `gamma_decay_fraction` of them."""
+  """gamma as a function of the step: constant, then falling linearly, then 0, as config's three fractions say."""
   last = steps - round(steps * config.gamma_off_fraction)
   length = max(round(steps * config.gamma_decay_fraction), 1)
-  return lambda step: (config.gamma * jnp.clip((last - step) / length, 0, 1)).astype(jnp.float32)
+  fall = optax.linear_schedule(config.gamma, config.gamma * config.gamma_final_fraction, length, last - length)
+  return lambda step: jnp.where(step < last, fall(step), 0.0).astype(jnp.float32)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -202,8 +202,8 @@ LEAST = {
   2: 'data.seq_len',
 }
 FRACTIONS = (
-  'balance.gamma_off_fraction balance.gamma_decay_fraction balance.smebu_beta optimizer.decay_fraction '
-  'optimizer.final_lr_fraction optimizer.beta1 optimizer.beta2'
+  'balance.gamma_off_fraction balance.gamma_decay_fraction balance.gamma_final_fraction balance.smebu_beta '
+  'optimizer.decay_fraction optimizer.final_lr_fraction optimizer.beta1 optimizer.beta2'
 )
 KINDS = {name: kind for name, kind, _ in fields()}
 
@@ -258,6 +258,10 @@ def test_fractions(name):
     ({'balance.bias_rule': 'quantile', 'model.top_k': 16}, "'quantile' needs model.top_k = 16 below model.num_experts"),
     ({'train.microbatches': 3}, 'train.batch_size = 16 must be divisible by train.microbatches = 3'),
     ({'data.seq_len': 3, 'model.mtp_depth': 2}, 'data.seq_len = 3 leaves no target for model.mtp_depth = 2'),
+    (
+      {'balance.gamma_off_fraction': 0.5, 'balance.gamma_decay_fraction': 0.6},
+      'balance.gamma_off_fraction = 0.5 and balance.gamma_decay_fraction = 0.6 must be at most 1 together',
+    ),
     ({'data.val_fraction': 0.0}, 'data.val_fraction = 0.0 must be between 0 and 1'),
     ({'data.val_fraction': 1.0}, 'data.val_fraction = 1.0 must be between 0 and 1'),
     (

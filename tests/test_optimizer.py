@@ -141,7 +141,14 @@ def test_bias_speed(fraction, last):
   np.testing.assert_array_equal(values, np.where(np.arange(50) < last, 0.25, 0))
 
 
-def test_bias_speed_falls_to_0_where_it_is_off():
-  config = BalanceConfig(gamma=0.5, gamma_off_fraction=0.2, gamma_decay_fraction=0.4)
-  values = jax.jit(jax.vmap(bias_speed(config, 10)))(jnp.arange(10))
-  np.testing.assert_allclose(values, [0.5] * 5 + [0.375, 0.25, 0.125, 0, 0])
+@pytest.mark.parametrize(
+  ('off', 'decay', 'final', 'expected'),
+  [
+    (0.2, 0.4, 0.0, [0.5] * 5 + [0.375, 0.25, 0.125, 0, 0]),
+    (0.0, 0.4, 0.5, [0.5] * 7 + [0.4375, 0.375, 0.3125]),
+    (0.5, 0.5, 0.2, [0.5, 0.42, 0.34, 0.26, 0.18] + [0] * 5),
+  ],
+)
+def test_bias_speed_falls_before_it_is_0(off, decay, final, expected):
+  config = BalanceConfig(gamma=0.5, gamma_off_fraction=off, gamma_decay_fraction=decay, gamma_final_fraction=final)
+  np.testing.assert_allclose(jax.jit(jax.vmap(bias_speed(config, 10)))(jnp.arange(10)), expected, rtol=1e-6)

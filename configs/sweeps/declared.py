@@ -19,7 +19,7 @@ from moe.config import (
 from moe.sweep.variants import Variant, axis, chain, named, product
 
 NO_BIAS = {'balance.bias_rule': 'none'}
-GAMMA = ('balance.gamma', 'balance.gamma_off_fraction', 'balance.gamma_decay_fraction')
+GAMMA = tuple(f'balance.gamma{part}' for part in ('', '_off_fraction', '_decay_fraction', '_final_fraction'))
 
 
 def bias(rule: str) -> dict:
@@ -53,10 +53,11 @@ def balance() -> list[Variant]:
 
 
 def gamma() -> list[Variant]:
-  """The sign rule's speed: constant, 0 over the last part of the run as in DeepSeek-V3 (there: 3.4%), or falling."""
-  speed = lambda gamma, off, decay: dict(zip(GAMMA, (gamma, off, decay), strict=True))
-  constant = {f'gamma={gamma}': speed(gamma, 0.0, 0.0) for gamma in (1e-3, 1e-4, 3e-3, 1e-2)}
-  return named(constant | {'gamma=0.001,then_0': speed(1e-3, 0.1, 0.0), 'gamma=0.003,falling': speed(3e-3, 0.0, 0.2)})
+  """The sign rule's speed: constant, 0 in the end as in DeepSeek-V3 (the last 3.4%), or falling, to 0 or to a tenth."""
+  speed = lambda gamma, off=0.0, decay=0.0, final=0.0: dict(zip(GAMMA, (gamma, off, decay, final), strict=True))
+  constant = {f'gamma={gamma}': speed(gamma) for gamma in (1e-3, 1e-4, 3e-3, 1e-2)}
+  falling = {f'gamma=0.003,to_{final}': speed(3e-3, 0.0, 0.2, final) for final in (0.0, 0.1)}
+  return named(constant | {'gamma=0.001,then_0': speed(1e-3, 0.1)} | falling)
 
 
 def scope() -> list[Variant]:
@@ -130,7 +131,8 @@ def h200() -> Config:
   """One H200, about 3 minutes a run: 0.57e9 parameters (0.09e9 active), 64 experts, top-6; 1,500 x 28,672 tokens.
 
   Give it more text than the 7.6e6 tokens of Python's standard library: --set=data.paths=... A step takes 0.09 s. The
-  bias is fast first, or 1,500 steps would not do, and slows down as the learning rate falls, to end without a jitter.
+  bias is fast first, or 1,500 steps would not do, and then slows down with the learning rate: as fast, it would jitter,
+  and slower, it would lag behind the router.
   """
   return Config(
     model=ModelConfig(
@@ -150,15 +152,15 @@ def h200() -> Config:
       mtp_depth=0,
       init_std=0.006,
     ),
-    balance=BalanceConfig(gamma=0.003, gamma_decay_fraction=0.2),
-    data=DataConfig(tokenizer='bpe', seq_len=1024, val_fraction=0.1),
+    balance=BalanceConfig(gamma=0.003, gamma_decay_fraction=0.2, gamma_final_fraction=0.1),
+    data=DataConfig(tokenizer='bpe', seq_len=512, val_fraction=0.1),
     train=TrainConfig(
       steps=1500,
-      batch_size=28,
+      batch_size=56,
       microbatches=2,
       unroll_layers=9,
       eval_every=500,
-      eval_sequences=512,
+      eval_sequences=1024,
       sample_tokens=0,
     ),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=100),
