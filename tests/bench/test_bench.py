@@ -11,8 +11,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import h200
-from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, step, timing
+from moe import state
+from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, speculate, timing
+from moe.bench import step as step_suite
 from moe.config import Config, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig, from_config_dict
+from moe.data.tokenizer import ByteTokenizer
+from moe.errors import UserError
+from moe.inference.load import Model
+from moe.mesh import make_mesh
+from moe.step import resolve
 
 SHAPE = layer.Shape(D=32, F=16, E=4, K=2, T=64)
 GEMM_SHAPE = gemm.Shape(M=64, D=128, F=128, E=4)
@@ -99,7 +106,7 @@ def small():
 
 
 def test_step_row(small):
-  row = step.contender(step.OURS, small, repeats=3)
+  row = step_suite.contender(step_suite.OURS, small, repeats=3)
   assert abs(row['loss_first'] - math.log(128)) < 0.2
   assert row['loss_last'] < row['loss_first']
   assert row['tokens_per_s'] == pytest.approx(4 * 16 / row['s'])
@@ -109,8 +116,8 @@ def test_step_row(small):
 
 def test_step_runs_the_model_of_the_config_on_a_gpu_only():
   config = from_config_dict(h200.get_config())
-  assert step.sized(config, 'hopper').model == config.model
-  assert step.sized(config, 'cpu').model.d_model == 128
+  assert step_suite.sized(config, 'hopper').model == config.model
+  assert step_suite.sized(config, 'cpu').model.d_model == 128
 
 
 @pytest.mark.parametrize(
@@ -119,18 +126,18 @@ def test_step_runs_the_model_of_the_config_on_a_gpu_only():
 )
 def test_step_refuses_losses_that_are_not_of_a_training(losses, message):
   with pytest.raises(AssertionError, match=message):
-    step.check(losses, 128, falling=True)
+    step_suite.check(losses, 128, falling=True)
 
 
 def test_contenders_of_a_step_are_processes_of_their_own(small):
   """Noise before the row is skipped, and a process that fails is a row, too."""
-  rate = {step.OURS: 2.0, peers.NAME: 4.0}
+  rate = {step_suite.OURS: 2.0, peers.NAME: 4.0}
 
   def command(name):
     text = f'print("noise")\nprint({json.dumps(json.dumps({"tflop_per_s": rate.get(name)}))})'
     return [sys.executable, '-c', text if name in rate else 'raise SystemExit(3)']
 
-  found = step.collect(small, step.CONTENDERS, command, dense_tflop_per_s=8.0)
+  found = step_suite.collect(small, step_suite.CONTENDERS, command, dense_tflop_per_s=8.0)
   shape = '4x16 tokens'
   assert found[0] == {'shape': shape, 'name': 'ours', 'tflop_per_s': 2.0, 'of_dense': 0.25, 'of_peer': 0.5}
   assert 'exit status 3' in found[1]['failed']
@@ -157,6 +164,35 @@ def test_generate_rows(generation, monkeypatch):
   assert all(row['tokens_per_s'] == pytest.approx(2 * 4 / row['s']) for row in found)
   plain, fp8_row, mxfp4 = (row['touched_gb'] for row in found)
   assert plain > fp8_row > mxfp4 > 0
+
+
+@pytest.fixture
+def trained(generation):
+  """A Model, as it is loaded, of bytes and with an MTP module."""
+  config = dataclasses.replace(generation, model=dataclasses.replace(generation.model, vocab_size=257, mtp_depth=1))
+  device_mesh = make_mesh(config)
+  config = resolve(config, device_mesh, 'cpu')
+  made = state.create(config, device_mesh)
+  return Model(config, device_mesh, made.params, made.balance['bias_LE'], ByteTokenizer(), 0, (), [])
+
+
+def test_speculate_rows(trained, monkeypatch):
+  monkeypatch.setattr(speculate, 'NEW', 9)
+  monkeypatch.setattr(speculate, 'DRAFTS', (0, 2))
+  plain, drafted, _, sampled = speculate.measure(trained, repeats=2)
+  assert (plain['of_plain'], plain['same_tokens']) == (1, 1)
+  assert drafted['same_tokens'] == 1, 'greedy speculation writes what greedy decoding does'
+  assert drafted['of_plain'] == pytest.approx(drafted['decode_tokens_per_s'] / plain['decode_tokens_per_s'])
+  for row in (drafted, sampled):
+    first, second = (float(share.rstrip('%')) for share in row['accepted'].split())
+    assert 0 <= second <= first <= 100, 'a draft stays only if the one before it does'
+    assert 1 <= row['tokens_per_step'] <= 3
+
+
+def test_speculation_needs_an_mtp_module(trained):
+  config = dataclasses.replace(trained.config, model=dataclasses.replace(trained.config.model, mtp_depth=0))
+  with pytest.raises(UserError, match='needs a model with an MTP module'):
+    speculate.measure(trained._replace(config=config), repeats=1)
 
 
 def test_bytes_that_a_step_touches(generation):
@@ -223,7 +259,7 @@ def test_hugging_faces_layer_computes_the_same(compute):
 
 @pytest.mark.usefixtures('torch_peer')
 def test_hugging_faces_step(small):
-  row = step.contender(peers.NAME, small, repeats=3)
+  row = step_suite.contender(peers.NAME, small, repeats=3)
   assert abs(row['loss_first'] - math.log(128)) < 0.2
   assert row['tokens_per_s'] > 0
 
