@@ -225,7 +225,7 @@ def feed_forward_weights(w: dict) -> tuple:
 def feed_forward(gate, up, down, x_TD, expert: int | None = None) -> jax.Array:
   """This tensor shard's part of a dense SwiGLU, as parts [P, T, D]; of one expert's matrices if they are several."""
   if len(x_TD) <= FEW_DENSE:
-    return few_rows.parts_dense(few_rows.dense_swiglu(x_TD, gate, up, expert), down, expert)
+    return few_rows.feed_forward_dense(x_TD, gate, up, down, expert)
   gate, up, down = few_rows.matrix((gate, up, down), expert)
   return dense(jax.nn.silu(dense(x_TD, gate)) * dense(x_TD, up), down)[None]
 
@@ -246,8 +246,7 @@ def routed(w: dict, h_TD, valid_T, config: Config) -> tuple[Sum, ...]:
   if lax.axis_size('expert') == 1 and few_rows.as_each(len(h_TD) * (model.top_k + joined), held):
     # Nothing is sent, and nothing sorted.
     expert_TK, weight_TK = choose(logits_PTE, w['bias_E'], valid_T, model, multiplicative, joined)
-    hidden_MF = few_rows.swiglu_each(h_TD, gate, up, expert_TK.ravel())
-    return (Sum(few_rows.parts_each(hidden_MF, down, expert_TK.ravel()), weight_TK),)
+    return (Sum(few_rows.feed_forward_each(h_TD, gate, up, down, expert_TK.ravel()), weight_TK),)
   routing = route_logits(logits_PTE.sum(0), w['bias_E'], valid_T, model, multiplicative, dropless=True)
   backend = dispatch.BACKENDS[config.dispatch]
   few = routing.expert_TK.size <= FEW * model.num_experts

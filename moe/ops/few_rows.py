@@ -38,50 +38,51 @@ def swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight, size_e: jax.Array) -> 
 
 
 def as_each(rows: int, experts: int) -> bool:
-  """Whether so few rows have so many experts that most have one of their own: then `*_each` needs no sorting."""
+  """Whether so few rows have so many experts that most have one of their own: `feed_forward_each` sorts nothing."""
   return item_rows(rows, experts) == 1
 
 
-def swiglu_each(x_TD: jax.Array, w_gate: Weight, w_up: Weight, expert_M: jax.Array) -> jax.Array:
-  """silu(x w_gate) * (x w_up), of row m // (M / T) of x and the matrices of expert_M[m], for each m.
+def feed_forward_each(x_TD: jax.Array, gate: Weight, up: Weight, down: Weight, expert_M: jax.Array) -> jax.Array:
+  """float32 [P, M, D] that add up, over P, to SwiGLU of row m // (M / T) of x by expert_M[m], for each m.
+
+  On GPUs a sum has several parts, so that enough of them are under way: whoever reads the product adds them up as it
+  does so. Elsewhere the other parts are zeros. If there is one part, it is in the rows' dtype.
 
   Args:
     x_TD: rows.
-    w_gate, w_up: [e, D, F], a matrix per expert, of one kind, in one pass over both.
-    expert_M: int32; e for none. M is a multiple of T.
-
-  Returns:
-    y_MF, summed in float32; 0 where there is no expert.
+    gate, up, down: [e, D, F] twice and [e, F, D], a matrix per expert, of one kind.
+    expert_M: int32; e for none, which makes 0. M is a multiple of T.
   """
-  operands = align(x_TD, (w_gate, w_up), expert_M)
-  return lax.platform_dependent(*operands, cuda=few_rows_gpu.products_each, default=_row_by_row)
+  parts = count_parts((down,), 'each', len(expert_M))
+
+  def plain(x_TD, gate, up, down, expert_M):
+    return _as_parts(_row_by_row(_row_by_row(x_TD, (gate, up), expert_M), (down,), expert_M), parts)
+
+  operands = align(x_TD, gate, up, down, expert_M)
+  return lax.platform_dependent(*operands, cuda=few_rows_gpu.feed_forward_each, default=plain)
 
 
-def parts_each(x_TD: jax.Array, w: Weight, expert_M: jax.Array) -> jax.Array:
-  """float32 [P, M, F] that add up, over P, to products as in `swiglu_each`, with one matrix; one part is as those are.
+def feed_forward_dense(x_MD: jax.Array, gate: Weight, up: Weight, down: Weight, expert: int | None = None) -> jax.Array:
+  """The same of all rows by one expert: matrices, or the number of one of several."""
+  parts = count_parts(_stack((down,), expert)[0], 'dense', len(x_MD))
 
-  On GPUs a sum has several parts, so that enough of them are under way: whoever reads the product adds them up as it
-  does so. Elsewhere the other parts are zeros.
-  """
-  x_TD, w, expert_M = align(x_TD, w, expert_M)
-  parts = count_parts((w,), 'each', len(expert_M))
-  plain = lambda x_TD, w, expert_M: _as_parts(_row_by_row(x_TD, (w,), expert_M), parts)
-  return lax.platform_dependent(x_TD, w, expert_M, cuda=few_rows_gpu.parts_each, default=plain)
+  def on_gpu(x_MD, ws):
+    ws, only = _stack(ws, expert)
+    return few_rows_gpu.feed_forward_dense(x_MD, *ws, only)
+
+  def plain(x_MD, ws):
+    *in_ws, down = matrix(ws, expert)
+    return _as_parts(_at_once(_at_once(x_MD, in_ws), (down,)), parts)
+
+  return lax.platform_dependent(*align(x_MD, (gate, up, down)), cuda=on_gpu, default=plain)
 
 
 def parts_dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
-  """The same of all rows times one matrix, [D, F] or that of an expert in [e, D, F]."""
+  """Parts, as those, of all rows times one matrix, [D, F] or that of an expert in [e, D, F]."""
   parts = count_parts(_stack((w,), expert)[0], 'dense', len(x_MD))
   on_gpu = lambda x_MD, w: few_rows_gpu.parts_dense(x_MD, *_stack(w, expert))
   plain = lambda x_MD, w: _as_parts(_at_once(x_MD, (matrix(w, expert),)), parts)
   return lax.platform_dependent(*align(x_MD, w), cuda=on_gpu, default=plain)
-
-
-def dense_swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight, expert: int | None = None) -> jax.Array:
-  """silu(x w_gate) * (x w_up) of all rows; weights as of `parts_dense`."""
-  on_gpu = lambda x_MD, ws: few_rows_gpu.products_dense(x_MD, *_stack(ws, expert))
-  plain = lambda x_MD, ws: _at_once(x_MD, matrix(ws, expert))
-  return lax.platform_dependent(*align(x_MD, (w_gate, w_up)), cuda=on_gpu, default=plain)
 
 
 def matrix(ws, expert: int | None):
@@ -102,7 +103,7 @@ def _row_by_row(x_TD, ws, expert_M):
     y = _at_once(lax.dynamic_slice_in_dim(x_TD, m // (M // T), 1), matrices)
     return lax.dynamic_update_slice_in_dim(y_MF, jnp.where(expert_M[m] < experts, y, 0), m, 0)
 
-  return lax.fori_loop(0, M, step, vary(jnp.zeros((M, F), result_dtype(x_TD, ws)), varying_axes(x_TD)))
+  return lax.fori_loop(0, M, step, vary(jnp.zeros((M, F), result_dtype(x_TD.dtype, ws)), varying_axes(x_TD)))
 
 
 def _stack(ws, expert):
@@ -118,7 +119,7 @@ def _as_parts(y_MF, parts: int):
 def _at_once(x_MD, ws):
   """The products with matrices [D, F]. What was rounded to few bits is not rounded once more, to bfloat16."""
 
-  dtype = result_dtype(x_MD, ws)
+  dtype = result_dtype(x_MD.dtype, ws)
 
   def product(w):
     common = dtype if isinstance(w, jax.Array) else jnp.float32
@@ -139,7 +140,7 @@ def _by_expert(x_MD, ws, size_e):
     y = _at_once(lax.dynamic_slice_in_dim(x_MD, item.row, tile), matrices)
     return lax.dynamic_update_slice_in_dim(y_MF, y, item.row, 0)
 
-  y_MF = vary(jnp.zeros((rows + tile, F), result_dtype(x_MD, ws)), varying_axes(x_MD))
+  y_MF = vary(jnp.zeros((rows + tile, F), result_dtype(x_MD.dtype, ws)), varying_axes(x_MD))
   count = (-(-size_e // tile)).sum()
   y_MF = lax.fori_loop(jnp.zeros_like(count), count, step, y_MF)[:rows]
   return jnp.where(jnp.arange(rows)[:, None] < size_e.sum(), y_MF, 0)

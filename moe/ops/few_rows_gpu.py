@@ -38,16 +38,18 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Statics of a kernel. rows: of a work item. parts: of a sum. scaled: rows are float16, with a factor each."""
+  """Statics of a kernel."""
 
   kind: type
   tile: Tile
-  rows: int
+  rows: int  # of a work item
   experts: int
   K: int
   N: int
-  parts: int
-  scaled: bool
+  parts: int  # of a sum
+  dtype: jnp.dtype  # of rows
+  unfinished: int  # parts that x comes in, of both products of a SwiGLU; 0: rows
+  scaled: bool  # rows are float16, with a factor each
   items: str  # what says which rows a work item has: 'sizes' of experts, 'each' row's expert, or 'dense': all have one
   only: int  # that one
 
@@ -107,9 +109,9 @@ def finish(sums):
   return sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
 
 
-def result_dtype(x, ws: tuple):
-  """Of products: x's, or float32 if weights are float32 arrays."""
-  return jnp.result_type(x, ws[0]) if _kind(ws[0]) is jax.Array else x.dtype
+def result_dtype(dtype, ws: tuple):
+  """Of products of rows of `dtype`: that, or float32 if weights are float32 arrays."""
+  return jnp.result_type(dtype, ws[0]) if _kind(ws[0]) is jax.Array else dtype
 
 
 def products(x_MK: jax.Array, ws: tuple, size_e: jax.Array, interpret: bool = False) -> jax.Array:
@@ -121,27 +123,27 @@ def products(x_MK: jax.Array, ws: tuple, size_e: jax.Array, interpret: bool = Fa
     size_e: rows per expert.
     interpret: run by jnp instead, on any platform.
   """
-  return _finished(_call(x_MK, ws, 'sizes', size_e, len(x_MK), interpret), result_dtype(x_MK, ws))
-
-
-def products_each(x_TK: jax.Array, ws: tuple, expert_M: jax.Array, interpret: bool = False) -> jax.Array:
-  """`finish` of the products of row m // (M / T) with the matrices of expert_M[m]: [M, N]; 0 for expert e."""
-  return _finished(_call(x_TK, ws, 'each', expert_M, len(expert_M), interpret), result_dtype(x_TK, ws))
-
-
-def products_dense(x_MK: jax.Array, ws: tuple, expert: int, interpret: bool = False) -> jax.Array:
-  """`finish` of the products of all rows with one expert's matrices: [M, N]."""
-  return _finished(_call(x_MK, ws, 'dense', None, len(x_MK), interpret, expert), result_dtype(x_MK, ws))
-
-
-def parts_each(x_TK: jax.Array, w, expert_M: jax.Array, interpret: bool = False) -> jax.Array:
-  """float32 [`count_parts`, M, N] that add up to the product of `products_each`."""
-  return _call(x_TK, (w,), 'each', expert_M, len(expert_M), interpret)[:, 0]
+  return _finished(_call(x_MK, ws, 'sizes', size_e, len(x_MK), interpret), result_dtype(x_MK.dtype, ws))
 
 
 def parts_dense(x_MK: jax.Array, w, expert: int, interpret: bool = False) -> jax.Array:
-  """float32 [`count_parts`, M, N] that add up to the product of `products_dense`."""
+  """float32 [`count_parts`, M, N] that add up to the product of all rows with one expert's matrix."""
   return _call(x_MK, (w,), 'dense', None, len(x_MK), interpret, expert)[:, 0]
+
+
+def feed_forward_each(x_TD, gate, up, down, expert_M, interpret: bool = False) -> jax.Array:
+  """float32 [`count_parts`, M, D] that add up to SwiGLU of row m // (M / T) by expert_M[m]; 0 for expert e."""
+  hidden = _call(x_TD, (gate, up), 'each', expert_M, len(expert_M), interpret)
+  return _call(hidden, (down,), 'each', expert_M, len(expert_M), interpret, dtype=result_dtype(x_TD.dtype, (gate,)))[
+    :, 0
+  ]
+
+
+def feed_forward_dense(x_MD, gate, up, down, expert: int, interpret: bool = False) -> jax.Array:
+  """The same of all rows by one expert."""
+  hidden = _call(x_MD, (gate, up), 'dense', None, len(x_MD), interpret, expert)
+  dtype = result_dtype(x_MD.dtype, (gate,))
+  return _call(hidden, (down,), 'dense', None, len(x_MD), interpret, expert, dtype)[:, 0]
 
 
 def count_parts(ws: tuple, items: str, M: int) -> int:
@@ -154,32 +156,39 @@ def count_parts(ws: tuple, items: str, M: int) -> int:
   return min(steps, max(1, PROGRAMS // programs))
 
 
-def _call(x_MK, ws, items: str, of_items, M: int, interpret: bool, only: int = 0):
+def _call(x_MK, ws, items: str, of_items, M: int, interpret: bool, only: int = 0, dtype=None):
   """The products' parts, float32 [parts, len(ws), M, N]; of one part what is finished, in `result_dtype`: [1, 1, M, N].
 
   Args:
-    items, only: as in Plan. of_items: the sizes, or each row's expert, or None.
+    x_MK: rows, or what a call for a SwiGLU has returned: its parts are added up and finished by those who read them,
+      if each work item is one row. items, only: as in Plan. of_items: the sizes, or each row's expert, or None. dtype:
+      of rows, where x is parts.
   """
+  dtype = dtype or x_MK.dtype
   (experts, K, N), kind = shape_of(ws[0]), _kind(ws[0])
   if any(_kind(w) is not kind for w in ws):
     raise ValueError(f'weights of one product must be of one kind, not {", ".join(_kind(w).__name__ for w in ws)}')
   _check_offsets(ws)
   (rows, tile), parts = _rows_and_tile(ws, items, M), count_parts(ws, items, M)
-  operands = [x_MK]
-  if rows > 1 and kind is not jax.Array and x_MK.dtype == jnp.bfloat16:
-    operands = [*_as_float16(x_MK)]
-  plan = Plan(kind, tile, rows, experts, K, N, parts, len(operands) == 2, items, only)
+  scaled, unfinished = rows > 1 and kind is not jax.Array and dtype == jnp.bfloat16, 0
+  if x_MK.ndim == 4:
+    alone = items == 'each' or M == 1
+    unfinished = len(x_MK) if alone and len(x_MK) > 1 and not scaled else 0
+    x_MK = x_MK.reshape(-1, M, K) if unfinished else _finished(x_MK, dtype)
+  operands = [*_as_float16(x_MK)] if scaled else [x_MK]
+  plan = Plan(kind, tile, rows, experts, K, N, parts, jnp.dtype(dtype), unfinished, scaled, items, only)
   if _ways(kind) > 1:
-    operands[0] = operands[0].reshape(len(x_MK), -1, _ways(kind))
+    operands[0] = operands[0].reshape(*x_MK.shape[:-1], -1, _ways(kind))
   operands += jax.tree.leaves((ws, of_items))
   grid = _count_items(items, rows, experts, M), pl.cdiv(N, tile.columns), parts
-  out = ((1, M, N), result_dtype(x_MK, ws)) if parts == 1 else ((parts * len(ws), M, N), jnp.float32)
+  out = ((1, M, N), result_dtype(dtype, ws)) if parts == 1 else ((parts * len(ws), M, N), jnp.float32)
   kernel, specs = functools.partial(_kernel, plan=plan), [ANYWHERE] * len(operands)
   (y,) = call(kernel, grid, operands, specs, [(*out, ANYWHERE)], tile.warps, tile.stages, interpret)
   return y.reshape(parts, -1, M, N)
 
 
 def _finished(parts_PWMN, dtype):
+  """[M, N] of what `_call` returns."""
   return finish(list(parts_PWMN.sum(0))).astype(dtype) if len(parts_PWMN) > 1 else parts_PWMN[0, 0]
 
 
@@ -261,16 +270,16 @@ def _kept(w, plan):
 
 def _item(of_items, x, out, plan):
   """This program's work item, and its first row of x."""
-  i = pl.program_id(0)
+  i, x_rows = pl.program_id(0), x.shape[1 if plan.unfinished else 0]
   if plan.items == 'dense':  # nothing to look up, which would delay all other loads
     row, only = i * plan.rows, plan.only + i * 0  # no constant: the interpreter of jax 0.10 takes none as an index
-    return Item(only, row, jnp.minimum(x.shape[0] - row, plan.rows), False), row
+    return Item(only, row, jnp.minimum(x_rows - row, plan.rows), False), row
   if plan.items == 'each':
     expert = of_items[i]
-    return Item(expert, i, 1, expert == plan.experts), i // (out.shape[1] // x.shape[0])
+    return Item(expert, i, 1, expert == plan.experts), i // (out.shape[1] // x_rows)
   number_e = jnp.arange(pl.next_power_of_2(plan.experts))
   size_e = plt.load(of_items.at[pl.ds(0, len(number_e))], mask=number_e < plan.experts, other=0)
-  item = item_of(i, size_e, x.shape[0], plan.rows)
+  item = item_of(i, size_e, x_rows, plan.rows)
   return item, item.row
 
 
@@ -281,6 +290,8 @@ def _ways(kind):
 
 def _load_rows(x, row, mine, k, plan):
   """The item's rows by `depth` of K: all, or the even and the odd ones, from [M, K] or [M, K / 2, 2]."""
+  if plan.unfinished:
+    return _finish_row(x, row, mine, k, plan)
   ways = _ways(plan.kind)
   height = plan.tile.depth // ways
   mask = mine[:, None] & (k // ways + jnp.arange(height) < plan.K // ways)[None]
@@ -289,6 +300,23 @@ def _load_rows(x, row, mine, k, plan):
     return [plt.load(x.at[place], mask=mask, other=0)]
   of_way = lambda way: plt.load(x.at[*place, pl.ds(way, 1)], mask=mask[..., None], other=0).reshape(mask.shape)
   return [of_way(way) for way in range(ways)]
+
+
+def _finish_row(x, row, mine, k, plan):
+  """The same of an item that is one row, from parts of both products: [2 P, M, K] or [2 P, M, K / 2, 2]."""
+  ways = _ways(plan.kind)
+  columns = pl.ds(k // ways, plan.tile.depth // ways)
+  inside = k // ways + jnp.arange(columns.size) < plan.K // ways
+
+  def load(i, way):
+    at = x.at[row * 0 + i, row, columns]  # no constant index, as above
+    if ways == 1:
+      return plt.load(at, mask=inside, other=0)
+    return plt.load(x.at[row * 0 + i, row, columns, pl.ds(way, 1)], mask=inside[:, None], other=0).reshape(inside.shape)
+
+  parts = range(plan.unfinished)
+  sums = [[sum(load(2 * part + i, way) for part in parts) for i in range(2)] for way in range(ways)]
+  return [jnp.where(mine[:, None], finish(of_way).astype(plan.dtype), 0) for of_way in sums]
 
 
 def _load(w, expert, k, column, plan):

@@ -49,6 +49,12 @@ def exact(x, matrices, sizes):
   return y
 
 
+def feed_forward(x, matrices):
+  """Rows through gate, up and down projection [1, D, F], [1, D, F] and [1, F, D], rounded to their dtype in between."""
+  hidden = exact(x, matrices[:2], [len(x)]).astype(x.dtype).astype(np.float64)
+  return hidden @ matrices[2][0]
+
+
 def assert_near(y, expected, dtype):
   """Within rounding of the result, which is 2^-8 in bfloat16, by the largest value of the row."""
   assert y.dtype == dtype
@@ -73,11 +79,12 @@ def test_products_equal_numpy_expert_by_expert(load, kind, dtype):
 def test_dense_products_equal_numpy(rows, kind):
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
-  drawn = jnp.asarray(rng.normal(size=(2, 64, 40)), jnp.float32)
+  drawn = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(64, 32), (64, 32), (32, 40)]]
   ws = [w if kind == 'array' else weights.quantize(w, kind) for w in drawn]
   matrices = [np.asarray(weights.dequantize(w, jnp.float32), np.float64)[None] for w in ws]
   assert_near(few_rows.parts_dense(x, ws[0]).sum(0), exact(x, matrices[:1], [rows]), jnp.float32)
-  assert_near(few_rows.dense_swiglu(x, *ws), exact(x, matrices, [rows]), jnp.float32)
+  y = few_rows.feed_forward_dense(x, *ws)
+  assert_near(y.sum(0), feed_forward(x, matrices), jnp.float32)
 
 
 @pytest.mark.parametrize('expert', [None, 1])
@@ -97,9 +104,6 @@ def test_parts_of_dense_products_add_up_to_numpy(rows, programs, kind, expert, m
     assert parts.dtype == (jnp.float32 if programs > 1 else jnp.bfloat16)
     assert (len(parts) > 1) == (programs > 1)
     assert_near(parts.sum(0).astype(jnp.bfloat16), exact(x, [matrix], [rows]), jnp.bfloat16)
-  finished = few_rows_gpu.products_dense(x, *few_rows._stack((w, w), expert), interpret=True)
-  for y in (finished, few_rows.dense_swiglu(x, w, w, expert)):
-    assert_near(y, exact(x, [matrix] * 2, [rows]), jnp.bfloat16)
 
 
 @pytest.mark.parametrize('rows', [1, 5])
@@ -133,27 +137,56 @@ def test_the_kernel_interpreted_equals_numpy(load, kind, K, N, programs, monkeyp
   assert_near(y, exact(x, matrices, sizes), jnp.bfloat16)
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('tensor_cores', [False, True])
+def gate_up_down(kind, dtype, experts=20, D=512, F=96):
+  """Three weights, and the float64 matrices that they stand for."""
+  rng = np.random.default_rng(2)
+  drawn = [jnp.asarray(rng.normal(size=(experts, *shape)) / 16, dtype) for shape in [(D, F), (D, F), (F, D)]]
+  ws = [w if kind == 'array' else weights.quantize(w, kind) for w in drawn]
+  return ws, [np.asarray(weights.dequantize(w, jnp.float32), np.float64) for w in ws]
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'tensor_cores', 'programs'),
+  [(jnp.float32, False, 64), (jnp.bfloat16, False, 1), (jnp.bfloat16, False, 64), (jnp.bfloat16, True, 64)],
+)
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.usefixtures('short_kernels')
-def test_rows_with_an_expert_each(kind, tensor_cores, dtype, monkeypatch):
+def test_rows_with_an_expert_each(kind, dtype, tensor_cores, programs, monkeypatch):
   """Two rows of x for three experts each, in any order, one expert for both, and one row without."""
-  x, ws, _, matrices = inputs('few_of_many', 256, 72, kind, dtype)
-  x, expert_M, none = x[:2], jnp.array([7, 0, 19, 7, 20, 3]), 20
+  monkeypatch.setattr(few_rows_gpu, 'PROGRAMS', programs)
   if tensor_cores:
     monkeypatch.setattr(few_rows_gpu, 'ONE_ROW', {})
-  by_kernel = few_rows_gpu.products_each(x, tuple(ws), expert_M, interpret=True)
-  for y in (by_kernel, few_rows.swiglu_each(x, *ws, expert_M)):
-    for m, expert in enumerate(expert_M.tolist()):
-      own = [w[expert : expert + 1] if expert < none else np.zeros_like(w[:1]) for w in matrices]
-      assert_near(y[m : m + 1], exact(x[m // 3 : m // 3 + 1], own, [1]), dtype)
-  for parts in (few_rows_gpu.parts_each(x, ws[1], expert_M, interpret=True), few_rows.parts_each(x, ws[1], expert_M)):
+  x = inputs('few_of_many', 512, 72, kind, dtype)[0][:2]
+  (ws, matrices), expert_M = gate_up_down(kind, dtype), jnp.array([7, 0, 19, 7, 20, 3])
+  assert (few_rows_gpu.count_parts(ws[:2], 'each', 6) > 1) == (programs > 1)
+  by_kernel = few_rows_gpu.feed_forward_each(x, *ws, expert_M, interpret=True)
+  for parts in (by_kernel, few_rows.feed_forward_each(x, *ws, expert_M)):
+    assert parts.shape == by_kernel.shape
     y = parts.sum(0).astype(dtype)
     np.testing.assert_array_equal(y[4], 0)
     for m, expert in enumerate(expert_M.tolist()):
-      own = matrices[1][expert : expert + 1] if expert < none else np.zeros_like(matrices[1][:1])
-      assert_near(y[m : m + 1], exact(x[m // 3 : m // 3 + 1], [own], [1]), dtype)
+      if expert < 20:
+        own = [w[expert : expert + 1] for w in matrices]
+        assert_near(y[m : m + 1], feed_forward(x[m // 3 : m // 3 + 1], own), dtype)
+
+
+@pytest.mark.parametrize('expert', [None, 1])
+@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.usefixtures('short_kernels')
+def test_a_feed_forward_of_all_rows(kind, rows, expert):
+  """The second product of one row reads the first's parts; of more rows, it reads their sum."""
+  x = inputs('few_of_many', 512, 72, kind, jnp.bfloat16)[0][:rows]
+  ws, matrices = gate_up_down(kind, jnp.bfloat16, experts=2)
+  own = [w[(expert or 0), None] for w in matrices]
+  if expert is None:
+    ws = few_rows.matrix(ws, 0)
+  stacked, only = few_rows._stack(ws, expert)
+  by_kernel = few_rows_gpu.feed_forward_dense(x, *stacked, only, interpret=True)
+  plain = few_rows.feed_forward_dense(x, *ws, expert)
+  for parts in (by_kernel, plain):
+    assert parts.shape == by_kernel.shape
+    assert_near(parts.sum(0).astype(jnp.bfloat16), feed_forward(x, own), jnp.bfloat16)
 
 
 @pytest.mark.parametrize(('load', 'kind'), [('uneven', 'mxfp4'), ('few_of_many', 'fp8'), ('none', 'array')])
