@@ -3,7 +3,6 @@
 import statistics
 
 from moe.bench import timing
-from moe.errors import UserError
 from moe.inference import generate, weights
 from moe.inference.load import Model
 from moe.inference.sampling import Sampling
@@ -28,8 +27,6 @@ def measure(model: Model, repeats: int) -> list[dict]:
   Raises:
     UserError: the model has no MTP module.
   """
-  if not model.config.model.mtp_depth:
-    raise UserError('suite speculate needs a model with an MTP module; this one has model.mtp_depth = 0')
   ready = weights.prepare(model.params, model.bias_LE, model.config, model.mesh)
   prompts = [[model.tokenizer.bos_id, *map(int, model.tokenizer.encode(text.encode()))] for text in PROMPTS]
   capacity = max(map(len, prompts)) + NEW

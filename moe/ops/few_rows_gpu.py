@@ -134,9 +134,8 @@ def parts_dense(x_MK: jax.Array, w, expert: int, interpret: bool = False) -> jax
 def feed_forward_each(x_TD, gate, up, down, expert_M, interpret: bool = False) -> jax.Array:
   """float32 [`count_parts`, M, D] that add up to SwiGLU of row m // (M / T) by expert_M[m]; 0 for expert e."""
   hidden = _call(x_TD, (gate, up), 'each', expert_M, len(expert_M), interpret)
-  return _call(hidden, (down,), 'each', expert_M, len(expert_M), interpret, dtype=result_dtype(x_TD.dtype, (gate,)))[
-    :, 0
-  ]
+  dtype = result_dtype(x_TD.dtype, (gate,))
+  return _call(hidden, (down,), 'each', expert_M, len(expert_M), interpret, dtype=dtype)[:, 0]
 
 
 def feed_forward_dense(x_MD, gate, up, down, expert: int, interpret: bool = False) -> jax.Array:

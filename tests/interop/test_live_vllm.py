@@ -1,4 +1,4 @@
-"""Ours exported and served by vLLM: greedy tokens and their log-probabilities; runs where vllm is installed."""
+"""Ours exported and served by vLLM: the same greedy tokens; runs where vllm is installed."""
 
 import dataclasses
 
