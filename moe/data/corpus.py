@@ -112,7 +112,7 @@ def _stdlib() -> Iterator[Document]:
     if path.suffix != '.py' or {'site-packages', 'dist-packages', '__pycache__'} & set(relative.parts):
       continue
     text = _read(path)
-    if text and _binary(text) is None:
+    if text and text_problem(text) is None:
       yield Document(relative.as_posix(), text)
 
 
@@ -171,7 +171,7 @@ def _documents(path: Path, name: str, explicit: bool, text_key: str) -> Iterator
   text = _gunzip(path) if suffix == '.jsonl.gz' else _read(path)
   if explicit and not text:
     raise UserError(f'file {str(path)!r} of data.paths is empty')
-  problem = _binary(text)
+  problem = text_problem(text)
   if problem:
     raise UserError(f'file {str(path)!r} is not UTF-8 text: {problem}')
   if suffix in ('.jsonl', '.jsonl.gz'):
@@ -197,7 +197,7 @@ def _gunzip(path: Path) -> bytes:
     raise UserError(f'file {str(path)!r} is not a complete gzip file: {error}') from error
 
 
-def _binary(text: bytes) -> str | None:
+def text_problem(text: bytes) -> str | None:
   """Why `text` is not UTF-8 text, or None if it is."""
   if b'\0' in text:
     return f'NUL byte at offset {text.index(0)}'
