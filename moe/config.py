@@ -13,12 +13,8 @@ from typing import Any
 import ml_collections
 
 from moe.errors import UserError
+from moe.validation import one_of, validate
 
-BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
-AUX_LOSSES = ('none', 'switch', 'sequence')
-DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
-FP8_MODULES = ('experts', 'ffn', 'attention', 'dispatch')
-GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
 
@@ -77,14 +73,14 @@ class ModelConfig:
 class BalanceConfig:
   """How experts are kept equally loaded. Any bias rule goes with any auxiliary loss."""
 
-  bias_rule: str = 'sign'  # one of BIAS_RULES
+  bias_rule: str = 'sign'  # one of moe.validation.BIAS_RULES
   gamma: float = 0.001  # the bias rules' speed (u in arXiv 2408.15664)
   gamma_off_fraction: float = 0.0  # last fraction of the steps with gamma 0 (0.034 in V3)
   gamma_decay_fraction: float = 0.0  # fraction of the steps, before those, over which gamma falls linearly
   gamma_final_fraction: float = 0.0  # to this fraction of it
   smebu_kappa: float = 2.0  # slope inside SMEBU's tanh (arXiv 2602.17004)
   smebu_beta: float = 0.5  # SMEBU's momentum
-  aux_loss: str = 'none'  # one of AUX_LOSSES
+  aux_loss: str = 'none'  # one of moe.validation.AUX_LOSSES
   aux_alpha: float = 0.001  # weight of the auxiliary loss (1e-4 for sequence in V3)
   aux_scope: str = 'microbatch'  # microbatch | global_batch: tokens whose counts the Switch loss sees
   z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2) (ST-MoE: 1e-3)
@@ -218,7 +214,7 @@ def to_config_dict(config: Config, arg: str = '') -> ml_collections.ConfigDict:
 
 def _parsed(kind, text, key):
   if kind is bool:
-    _one_of(key, text, ('true', 'false'))
+    one_of(key, text, ('true', 'false'))
     return text == 'true'
   try:
     return kind(text)
@@ -262,154 +258,3 @@ def _typed(kind, value, name):
   if kind is float and not math.isfinite(value):
     raise UserError(f'config {name} = {value!r} must be a finite number')
   return value
-
-
-def _require(ok: bool, message: str):
-  if not ok:
-    raise UserError(message)
-
-
-def _one_of(name: str, value: str, valid):
-  _require(value in valid, f'config {name} = {value!r} must be one of {", ".join(valid)}')
-
-
-def _at_least(section, prefix: str, least: float, names: str):
-  for name in names.split():
-    value = getattr(section, name)
-    _require(value >= least, f'config {prefix}.{name} = {value} must be at least {least}')
-
-
-def _fraction(section, prefix: str, names: str):
-  for name in names.split():
-    value = getattr(section, name)
-    _require(0 <= value <= 1, f'config {prefix}.{name} = {value} must be between 0 and 1')
-
-
-def validate(config: Config) -> None:
-  """Checks everything that can be known without devices or data. Raises UserError."""
-  _validate_model(config.model)
-  _validate_balance(config)
-  train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
-  _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
-  _at_least(train, 'train', 0, 'seed mtp_weight eval_every eval_sequences sample_tokens')
-  _one_of('train.remat', train.remat, ('none', 'dots', 'full'))
-  _require(
-    train.batch_size % train.microbatches == 0,
-    f'config train.batch_size = {train.batch_size} must be divisible by train.microbatches = {train.microbatches}',
-  )
-  profile_range(train.profile_steps)
-  _at_least(data, 'data', 2, 'seq_len')
-  _require(
-    data.seq_len > config.model.mtp_depth + 1,
-    f'config data.seq_len = {data.seq_len} leaves no target for model.mtp_depth = {config.model.mtp_depth}',
-  )
-  _require(0 < data.val_fraction < 1, f'config data.val_fraction = {data.val_fraction} must be between 0 and 1')
-  _at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm eps')
-  _fraction(opt, 'optimizer', 'decay_fraction final_lr_fraction beta1 beta2')
-  _one_of('optimizer.schedule', opt.schedule, ('wsd', 'cosine'))
-  _one_of('optimizer.moments', opt.moments, ('float32', 'bfloat16'))
-  for module in config.precision.fp8_modules:
-    _one_of('precision.fp8', module, FP8_MODULES)
-  _one_of('precision.compute', config.precision.compute, ('float32', 'bfloat16'))
-  _one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
-  _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
-  _at_least(mesh, 'mesh', 1, 'num_processes')
-  _require(
-    mesh.process_id < mesh.num_processes,
-    f'config mesh.process_id = {mesh.process_id} must be below mesh.num_processes = {mesh.num_processes}',
-  )
-  _require(
-    (mesh.num_processes == 1) == (not mesh.coordinator),
-    f'config mesh.num_processes = {mesh.num_processes} and mesh.coordinator = {mesh.coordinator!r} disagree: several '
-    'processes need the host:port of process 0, one process needs none',
-  )
-  _at_least(config.checkpoint, 'checkpoint', 0, 'every_steps')
-  _at_least(config.checkpoint, 'checkpoint', 1, 'keep')
-  _one_of('dispatch', config.dispatch, DISPATCHES)
-  _one_of('grouped_matmul', config.grouped_matmul, GROUPED_MATMULS)
-
-
-def _validate_model(model: ModelConfig):
-  _at_least(model, 'model', 1, 'vocab_size d_model num_layers d_ff d_expert num_experts top_k num_groups top_groups')
-  _at_least(model, 'model', 1, 'num_heads v_dim yarn_original_len')
-  _at_least(model, 'model', 0, 'num_dense_layers num_shared_experts capacity_factor q_lora_rank qk_nope_dim mtp_depth')
-  _require(
-    model.num_dense_layers < model.num_layers,
-    f'config model.num_dense_layers = {model.num_dense_layers} must be below model.num_layers = {model.num_layers}: '
-    'at least one layer has experts',
-  )
-  _one_of('model.score_fn', model.score_fn, ('sigmoid', 'softmax'))
-  _one_of('model.attention', model.attention, ('mla', 'mha'))
-  _require(
-    model.num_experts % model.num_groups == 0,
-    f'config model.num_experts = {model.num_experts} must be divisible by model.num_groups = {model.num_groups}',
-  )
-  per_group = model.num_experts // model.num_groups
-  _require(
-    model.top_groups <= model.num_groups,
-    f'config model.top_groups = {model.top_groups} must be at most model.num_groups = {model.num_groups}',
-  )
-  _require(
-    model.num_groups == 1 or per_group >= 2,
-    f'config model.num_groups = {model.num_groups} leaves {per_group} expert per group; group scores need 2 or more',
-  )
-  _require(
-    model.top_k <= per_group * model.top_groups,
-    f'config model.top_k = {model.top_k} is larger than the {per_group * model.top_groups} experts that '
-    f'model.top_groups = {model.top_groups} of {model.num_groups} groups hold',
-  )
-  _require(
-    model.qk_rope_dim >= 2 and model.qk_rope_dim % 2 == 0,
-    f'config model.qk_rope_dim = {model.qk_rope_dim} must be even and at least 2',
-  )
-  if model.attention == 'mla':
-    _at_least(model, 'model', 1, 'kv_lora_rank qk_nope_dim')
-  else:
-    _require(
-      model.qk_nope_dim == 0 and model.q_lora_rank == 0,
-      f"config model.attention = 'mha' rotates whole heads and has no latents: set model.qk_nope_dim = "
-      f'{model.qk_nope_dim} and model.q_lora_rank = {model.q_lora_rank} to 0',
-    )
-  _require(model.yarn_factor >= 1, f'config model.yarn_factor = {model.yarn_factor} must be at least 1')
-  _require(
-    model.yarn_beta_fast > model.yarn_beta_slow > 0,
-    f'config model.yarn_beta_fast = {model.yarn_beta_fast} must be above model.yarn_beta_slow = '
-    f'{model.yarn_beta_slow}, and both above 0',
-  )
-  for name in ('rope_theta', 'norm_eps', 'init_std', 'route_scale'):
-    value = getattr(model, name)
-    _require(value > 0, f'config model.{name} = {value} must be above 0')
-
-
-def _validate_balance(config: Config):
-  balance = config.balance
-  _one_of('balance.bias_rule', balance.bias_rule, BIAS_RULES)
-  _one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
-  _one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
-  _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
-  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta')
-  _require(
-    balance.gamma_off_fraction + balance.gamma_decay_fraction <= 1,
-    f'config balance.gamma_off_fraction = {balance.gamma_off_fraction} and balance.gamma_decay_fraction = '
-    f'{balance.gamma_decay_fraction} must be at most 1 together: they follow each other',
-  )
-  if balance.bias_rule == 'quantile':
-    _require(
-      config.model.num_groups == 1,
-      f"config balance.bias_rule = 'quantile' needs model.num_groups = 1, not {config.model.num_groups}: a token's "
-      'threshold is only defined over all experts',
-    )
-    _require(
-      config.model.top_k < config.model.num_experts,
-      f"config balance.bias_rule = 'quantile' needs model.top_k = {config.model.top_k} below model.num_experts",
-    )
-
-
-def profile_range(text: str) -> range:
-  """Steps of `train.profile_steps`: 'first:last', both included; '' is none. Raises UserError."""
-  if not text:
-    return range(0)
-  first, colon, last = text.partition(':')
-  if not (colon and first.isdigit() and last.isdigit() and int(first) <= int(last)):
-    raise UserError(f"config train.profile_steps = {text!r} must look like '10:12' (first:last step) or be ''")
-  return range(int(first), int(last) + 1)

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from moe import evaluate, feed, flops, mesh, run_dir, state, step
 from moe.balance import metrics as balance_metrics
 from moe.checkpoint import Checkpoints, abstract_like
-from moe.config import Config, profile_range
+from moe.config import Config
 from moe.data import baselines
 from moe.data.batches import Batches, pack
 from moe.data.cached import cached
@@ -30,6 +30,7 @@ from moe.inference.generate import continuation
 from moe.inference.sampling import Sampling
 from moe.logbook import Logbook
 from moe.report.run import write_report
+from moe.validation import profile_range
 
 SAMPLING = Sampling(temperature=0.8)  # of the report's sample
 

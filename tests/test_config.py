@@ -6,10 +6,10 @@ import re
 import ml_collections
 import pytest
 
-from moe import config as configs
 from moe import mesh as meshes
 from moe.config import Config, DataConfig, MeshConfig, ModelConfig, from_config_dict, to_config_dict
 from moe.errors import UserError
+from moe.validation import profile_range
 
 
 def changed(overrides):
@@ -299,7 +299,7 @@ def test_combinations_at_the_border(overrides):
 
 @pytest.mark.parametrize(('text', 'expected'), [('', []), ('10:12', [10, 11, 12]), ('0:0', [0])])
 def test_profile_range(text, expected):
-  assert list(configs.profile_range(text)) == expected
+  assert list(profile_range(text)) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------- mesh

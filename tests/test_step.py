@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from test_step_mesh import CONFIG, QUICK, SMALL, Run, change, documents, leaves, relative, start
 
 from moe import state, step
-from moe.config import AUX_LOSSES, BIAS_RULES
 from moe.errors import UserError
 from moe.mesh import abstract_mesh
+from moe.validation import AUX_LOSSES, BIAS_RULES
 
 # gamma moves any expert past any other, so that a bias at work is seen in the loads.
 STEP = change(

@@ -1,18 +1,23 @@
-"""Writes the report of a sweep: report.html, table.csv by variant and runs.csv."""
+"""Writes the report of a sweep: report.html, its two main pictures, table.csv by variant and runs.csv."""
 
 import csv
 import io
 import pathlib
 from typing import Any
 
-from moe.files import write_atomically
-from moe.report import sweep_html
+from moe.files import replacing, write_atomically
+from moe.report import sweep_figures, sweep_html
 from moe.report.paired import Difference
 from moe.report.results import Results, Spread, load_results, metric_names
 
+PICTURES = {'pareto.png': sweep_figures.pareto, 'max_vio.png': sweep_figures.max_vio}
+
 
 def write_sweep_report(path: pathlib.Path) -> str:
-  """Writes report.html, table.csv (by variant) and runs.csv into a results folder and returns the table as text.
+  """Writes report.html, PICTURES, table.csv (by variant) and runs.csv into a results folder.
+
+  Returns:
+    The table as text.
 
   Raises:
     UserError: see `load_results`; or the folder cannot be written to.
@@ -21,6 +26,10 @@ def write_sweep_report(path: pathlib.Path) -> str:
   write_atomically(path / 'table.csv', _csv(table_rows(results)))
   write_atomically(path / 'runs.csv', _csv(run_rows(results)))
   write_atomically(path / 'report.html', sweep_html.page(results))
+  for name, draw in PICTURES.items():
+    if figure := draw(results):
+      with replacing(path / name) as temporary:
+        figure.savefig(temporary, dpi=120, format='png')
   return _text_table(results)
 
 

@@ -9,7 +9,8 @@ import oracle
 import pytest
 
 from moe.balance import rules
-from moe.config import BIAS_RULES, BalanceConfig
+from moe.config import BalanceConfig
+from moe.validation import BIAS_RULES
 
 T, E, K = 1024, 8, 2
 NO_MARGINS = np.zeros((1, 4, 0), np.int32)

@@ -158,6 +158,15 @@ def test_kill_9_and_again_gives_the_same_table_and_repeats_no_finished_run(finis
   assert table(workdir) == table(finished)[:3]
 
 
+def test_seeds_that_the_folder_had_before_are_run_no_further(finished, corpus, tmp_path):
+  workdir = shutil.copytree(finished, tmp_path / 'more')
+  description = json.loads((workdir / 'sweep.json').read_text())
+  (workdir / 'sweep.json').write_text(json.dumps(description | {'seeds': [0, 1]}))
+  result = ablate(*smoke(corpus, workdir), '--seeds=0')
+  assert result.returncode == 0, result.stderr
+  assert not list(workdir.glob('*,seed=1'))
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [

@@ -1,0 +1,59 @@
+"""Copies the results of a sweep, or adds them to such a copy, small enough to be committed: some rows of the logs.
+
+python experiments/thin.py runs/balance experiments/results/balance
+
+Takes what reports need of every finished run: config.json, data.json, evals.jsonl, and of metrics.jsonl and
+load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What reports average over the
+last rows then differs slightly. The copy has sweep.json, so experiments/report.py makes its report.
+"""
+
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+
+from absl import flags
+
+from moe import cli
+from moe.errors import UserError
+from moe.files import write_atomically
+from moe.sweep import jobs, manifest
+
+EVERY = flags.DEFINE_integer('every', 10, 'Steps between rows of metrics.jsonl.', lower_bound=1)
+LOADS_EVERY = flags.DEFINE_integer('loads_every', 50, 'Steps between rows of load_history.jsonl.', lower_bound=1)
+
+
+def main(argv):
+  if len(argv) != 3:
+    raise UserError('usage: python experiments/thin.py SWEEP OUT')
+  source, out = map(pathlib.Path, argv[1:])
+  sweep = manifest.read(source)
+  finished = [run.folder for run in sweep.runs if jobs.is_finished(source / run.folder)]
+  if not finished:
+    raise UserError(f'{source} has no finished run')
+  manifest.open_folder(out, sweep)  # refuses results of another sweep, and other settings
+  for folder in finished:
+    _copy(source / folder, out / folder)
+  size = sum(file.stat().st_size for file in out.rglob('*') if file.is_file())
+  print(f'{out}: {len(finished)} runs copied, {size / 1e6:.1f} MB in all')
+
+
+def _copy(source: pathlib.Path, out: pathlib.Path):
+  info = json.loads((source / 'config.json').read_text('utf-8'))
+  info.pop('command', None)  # paths of the machine it ran on
+  write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
+  for name in ('data.json', 'evals.jsonl'):
+    write_atomically(out / name, (source / name).read_text('utf-8'))
+  for name, every in (('metrics.jsonl', EVERY.value), ('load_history.jsonl', LOADS_EVERY.value)):
+    rows = [json.loads(line) for line in (source / name).read_text('utf-8').splitlines()]
+    kept = [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
+    write_atomically(out / name, ''.join(json.dumps(_rounded(row), separators=(',', ':')) + '\n' for row in kept))
+
+
+def _rounded(row: dict) -> dict:
+  return {key: float(f'{value:.6g}') if isinstance(value, float) else value for key, value in row.items()}
+
+
+if __name__ == '__main__':
+  cli.run(main)
