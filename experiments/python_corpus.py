@@ -9,6 +9,7 @@ OUT/PACKAGE/PATH for --config.data.paths=OUT.
 
 import hashlib
 import pathlib
+import shutil
 import sys
 import zipfile
 
@@ -42,6 +43,7 @@ def main(argv):
   if out.exists():
     raise UserError(f'--out = {OUT.value!r} exists; choose another folder or delete it')
   partial = out.with_name(out.name + '.partial')  # a folder that is there is whole
+  shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
   seen, written = set(), 0
   for wheel in tqdm.tqdm(wheels, unit='package'):
     for digest, name, text in _chosen(wheel, seen):
