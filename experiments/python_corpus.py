@@ -42,7 +42,16 @@ def main(argv):
   out = pathlib.Path(OUT.value).expanduser()
   if out.exists():
     raise UserError(f'--out = {OUT.value!r} exists; choose another folder or delete it')
-  partial = out.with_name(out.name + '.partial')  # a folder that is there is whole
+  try:
+    files, written = _write(wheels, out)
+  except OSError as error:
+    raise UserError(f'cannot write {OUT.value!r}: {error.strerror}') from error
+  print(f'{out}: {files} files of {len(wheels)} packages, {written / 1e6:.1f} MB')
+
+
+def _write(wheels: list[pathlib.Path], out: pathlib.Path) -> tuple[int, int]:
+  """(files, bytes) written to `out`, which appears when it is whole."""
+  partial = out.with_name(out.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
   seen, written = set(), 0
   for wheel in tqdm.tqdm(wheels, unit='package'):
@@ -55,7 +64,7 @@ def main(argv):
   if not seen:
     raise UserError(f'the {len(wheels)} wheels in {WHEELS.value!r} hold no *.py file of {MIN_BYTES} bytes or more')
   partial.rename(out)
-  print(f'{out}: {len(seen)} files of {len(wheels)} packages, {written / 1e6:.1f} MB')
+  return len(seen), written
 
 
 def _chosen(wheel: pathlib.Path, seen: set[bytes]) -> list[tuple[bytes, str, bytes]]:

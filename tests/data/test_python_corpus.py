@@ -85,3 +85,11 @@ def test_wheels_without_source_are_an_error(tmp_path):
   done = make(tmp_path / 'wheels', tmp_path / 'out')
   assert done.returncode == 2
   assert 'hold no *.py file' in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+  wheel(tmp_path / 'wheels', 'a', {'a/x.py': text(1)})
+  (tmp_path / 'file').touch()
+  done = make(tmp_path / 'wheels', tmp_path / 'file' / 'out')
+  assert done.returncode == 2
+  assert 'Not a directory' in done.stderr.splitlines()[-1]
