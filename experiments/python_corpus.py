@@ -9,7 +9,6 @@ OUT/PACKAGE/PATH for --config.data.paths=OUT.
 
 import hashlib
 import pathlib
-import shutil
 import sys
 import zipfile
 
@@ -21,6 +20,7 @@ from absl import flags
 from moe import cli
 from moe.data.corpus import text_problem
 from moe.errors import UserError
+from moe.folder import new_folder
 
 WHEELS = flags.DEFINE_string('wheels', None, 'Folder of wheels.')
 OUT = flags.DEFINE_string('out', None, 'Folder to write, which must not exist yet.')
@@ -42,29 +42,19 @@ def main(argv):
   out = pathlib.Path(OUT.value).expanduser()
   if out.exists():
     raise UserError(f'--out = {OUT.value!r} exists; choose another folder or delete it')
-  try:
-    files, written = _write(wheels, out)
-  except OSError as error:
-    raise UserError(f'cannot write {OUT.value!r}: {error.strerror}') from error
-  print(f'{out}: {files} files of {len(wheels)} packages, {written / 1e6:.1f} MB')
-
-
-def _write(wheels: list[pathlib.Path], out: pathlib.Path) -> tuple[int, int]:
-  """(files, bytes) written to `out`, which appears when it is whole."""
-  partial = out.with_name(out.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+  plan = {'wheels': [wheel.name for wheel in wheels], 'max_kb': MAX_KB.value, 'max_package_mb': MAX_PACKAGE_MB.value}
   seen, written = set(), 0
-  for wheel in tqdm.tqdm(wheels, unit='package'):
-    for digest, name, text in _chosen(wheel, seen):
-      seen.add(digest)
-      file = partial / wheel.name.split('-')[0] / name
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_bytes(text)
-      written += len(text)
-  if not seen:
-    raise UserError(f'the {len(wheels)} wheels in {WHEELS.value!r} hold no *.py file of {MIN_BYTES} bytes or more')
-  partial.rename(out)
-  return len(seen), written
+  with new_folder(out, plan) as partial:
+    for wheel in tqdm.tqdm(wheels, unit='package'):
+      for digest, name, text in _chosen(wheel, seen):
+        seen.add(digest)
+        file = partial / wheel.name.split('-')[0] / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
+        written += len(text)
+    if not seen:
+      raise UserError(f'the {len(wheels)} wheels in {WHEELS.value!r} hold no *.py file of {MIN_BYTES} bytes or more')
+  print(f'{out}: {len(seen)} files of {len(wheels)} packages, {written / 1e6:.1f} MB')
 
 
 def _chosen(wheel: pathlib.Path, seen: set[bytes]) -> list[tuple[bytes, str, bytes]]:

@@ -15,7 +15,7 @@ from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.errors import UserError
 from moe.files import write_atomically
-from moe.interop.folder import new_folder
+from moe.folder import new_folder
 from moe.interop.load import Checkpoint, load, open_checkpoint, specs
 from moe.mesh import make_mesh, setup_devices
 from moe.state import TrainState

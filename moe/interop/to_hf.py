@@ -13,8 +13,8 @@ import tqdm
 from moe.config import Config
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
+from moe.folder import new_folder
 from moe.interop import formats, hf_config, names, shards
-from moe.interop.folder import new_folder
 from moe.interop.load import array_shapes
 from moe.interop.run_weights import RunWeights
 from moe.run_dir import read_config

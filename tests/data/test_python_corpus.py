@@ -37,8 +37,8 @@ def test_each_text_once_and_no_large_small_or_binary_file(tmp_path):
     first | {'a/nul.py': text(3) + b'\0', 'a/latin.py': text(4) + b'\xe9', 'a/data.txt': text(5)},
   )
   wheel(tmp_path / 'wheels', 'b', {'b/x.py': text(1), 'b/y.py': text(6), '../up.py': text(7), '/abs.py': text(8)})
-  (tmp_path / 'out.partial').mkdir()
-  (tmp_path / 'out.partial' / 'left.py').write_bytes(text(9))  # by a call that was killed
+  (tmp_path / '.out.partial').mkdir()
+  (tmp_path / '.out.partial' / 'left.py').write_bytes(text(9))  # by a call for other wheels that was killed
   done = make(tmp_path / 'wheels', tmp_path / 'out', '--max_kb=1')
   assert done.returncode == 0, done.stderr
   found = {

@@ -11,8 +11,8 @@ from our_runs import make_run, random_arrays, read_run
 
 from moe.config import Config
 from moe.errors import UserError
+from moe.folder import new_folder
 from moe.interop import from_hf, shards, to_hf
-from moe.interop.folder import new_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOST_GB = 20e3 / 1e9
