@@ -58,9 +58,8 @@ def run_sweep(workdir: pathlib.Path) -> list[jobs.Result]:
     backend = backends.Ray(RAY_ADDRESS.value, CPUS.value, GPUS.value)
   else:
     backend = backends.Local(limit, GPUS.value)
-  seeds = set(sweep.seeds)
-  sweep = manifest.open_folder(workdir, sweep)
-  todo = [jobs.job_of(run, workdir) for run in sweep.runs if run.variant in wanted and run.seed in seeds]
+  todo = [jobs.job_of(run, workdir) for run in sweep.runs if run.variant in wanted]
+  manifest.open_folder(workdir, sweep)
   try:
     return jobs.run_all(todo, backend, limit)
   finally:
