@@ -18,6 +18,7 @@ from absl import flags
 from moe import cli
 from moe.errors import UserError
 from moe.files import write_atomically
+from moe.report.run import load_run
 from moe.sweep import jobs, manifest
 
 EVERY = flags.DEFINE_integer('every', 10, 'Steps between rows of metrics.jsonl.', lower_bound=1)
@@ -40,19 +41,21 @@ def main(argv):
 
 
 def _copy(source: pathlib.Path, out: pathlib.Path):
-  info = json.loads((source / 'config.json').read_text('utf-8'))
-  info.pop('command', None)  # paths of the machine it ran on
+  run = load_run(source)
+  info = {key: value for key, value in run.info.items() if key != 'command'}  # paths of the machine it ran on
   write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
   for name in ('data.json', 'evals.jsonl'):
     write_atomically(out / name, (source / name).read_text('utf-8'))
-  for name, every in (('metrics.jsonl', EVERY.value), ('load_history.jsonl', LOADS_EVERY.value)):
-    rows = [json.loads(line) for line in (source / name).read_text('utf-8').splitlines()]
+  logs = ('metrics.jsonl', run.rows, EVERY.value), ('load_history.jsonl', run.load_history, LOADS_EVERY.value)
+  for name, rows, every in logs:
     kept = [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
-    write_atomically(out / name, ''.join(json.dumps(_rounded(row), separators=(',', ':')) + '\n' for row in kept))
+    write_atomically(out / name, ''.join(json.dumps(_short(row), separators=(',', ':')) + '\n' for row in kept))
 
 
-def _rounded(row: dict) -> dict:
-  return {key: float(f'{value:.6g}') if isinstance(value, float) else value for key, value in row.items()}
+def _short(row: dict) -> dict:
+  """The row for JSON: floats to six digits, arrays as lists."""
+  short = lambda value: float(f'{value:.6g}') if isinstance(value, float) else value
+  return {key: value.tolist() if key == 'load_LE' else short(value) for key, value in row.items()}
 
 
 if __name__ == '__main__':
