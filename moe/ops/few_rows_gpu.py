@@ -133,16 +133,18 @@ def parts_dense(x_MK: jax.Array, w, expert: int, interpret: bool = False) -> jax
 
 def feed_forward_each(x_TD, gate, up, down, expert_M, interpret: bool = False) -> jax.Array:
   """float32 [`count_parts`, M, D] that add up to SwiGLU of row m // (M / T) by expert_M[m]; 0 for expert e."""
-  hidden = _call(x_TD, (gate, up), 'each', expert_M, len(expert_M), interpret)
-  dtype = result_dtype(x_TD.dtype, (gate,))
-  return _call(hidden, (down,), 'each', expert_M, len(expert_M), interpret, dtype=dtype)[:, 0]
+  return _feed_forward(x_TD, gate, up, down, 'each', expert_M, len(expert_M), interpret)
 
 
 def feed_forward_dense(x_MD, gate, up, down, expert: int, interpret: bool = False) -> jax.Array:
   """The same of all rows by one expert."""
-  hidden = _call(x_MD, (gate, up), 'dense', None, len(x_MD), interpret, expert)
-  dtype = result_dtype(x_MD.dtype, (gate,))
-  return _call(hidden, (down,), 'dense', None, len(x_MD), interpret, expert, dtype)[:, 0]
+  return _feed_forward(x_MD, gate, up, down, 'dense', None, len(x_MD), interpret, expert)
+
+
+def _feed_forward(x, gate, up, down, items: str, of_items, M: int, interpret: bool, only: int = 0):
+  hidden = _call(x, (gate, up), items, of_items, M, interpret, only)
+  dtype = result_dtype(x.dtype, (gate,))
+  return _call(hidden, (down,), items, of_items, M, interpret, only, dtype)[:, 0]
 
 
 def count_parts(ws: tuple, items: str, M: int) -> int:
