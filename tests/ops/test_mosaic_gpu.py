@@ -72,7 +72,9 @@ def test_interpreted_rows_by_matrix(size_e, row_multiple, widths):
   )
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason='this Pallas interprets no transposed references')
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 11, 2), reason='needs jax 0.11.2: before, Pallas interprets no transposed references'
+)
 @pytest.mark.parametrize('widths', [(128, 256), (256, 128)])
 @pytest.mark.parametrize('size_e', [[136, 0, 264], [0, 0, 8]])
 def test_interpreted_fp8_products(size_e, widths):
