@@ -8,11 +8,11 @@ from matplotlib.ticker import NullLocator
 
 from moe.bench import layer, profile, rows, timing
 from moe.bench.layer import Shape
+from moe.report.figures import BLUE, GREY, save_png
 
 # Shape of the sweeps, experts, tokens.
 GPU_SWEEPS = (Shape(2048, 1024, 64, 8, 16384), (16, 32, 64, 128, 256), (4096, 8192, 16384, 32768, 65536))
 CPU_SWEEPS = (Shape(256, 128, 64, 4, 4096), (16, 32, 64, 128), (1024, 2048, 4096, 8192))
-BLUE, GREY = '#1f6feb', '#57606a'
 
 
 def measure(
@@ -81,4 +81,4 @@ def plot(found: list[dict], path: pathlib.Path) -> None:
     axes.set_ylabel('time per token / that of the first')
     axes.grid(color='#d0d7de', linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path, dpi=150)
+  save_png(figure, path)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe.errors import UserError
-from moe.report.figures import BLUE, GREY, ORANGE, curve
+from moe.report.figures import BLUE, GREY, ORANGE, curve, save_png
 from moe.report.run import Run
 
 
@@ -63,4 +63,4 @@ def plot(base: Run, other: Run, names: tuple[str, str], path: pathlib.Path) -> N
   below.set_xlabel('step')
   for axes in (above, below):
     axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path, dpi=120)
+  save_png(figure, path)

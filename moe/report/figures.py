@@ -7,6 +7,7 @@ character.
 
 import io
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from moe.balance import metrics
+from moe.files import replacing
 
 if TYPE_CHECKING:
   from moe.report.run import Run
@@ -144,6 +146,12 @@ def to_svg(figure: Figure) -> bytes:
   with matplotlib.rc_context({'svg.hashsalt': 'moe'}):
     figure.savefig(buffer, format='svg', metadata={'Date': None})
   return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: pathlib.Path) -> None:
+  """Writes the figure to `path`, whole or not at all. Raises UserError."""
+  with replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120, format='png')
 
 
 def _bits_per_byte(run):

@@ -5,8 +5,8 @@ import io
 import pathlib
 from typing import Any
 
-from moe.files import replacing, write_atomically
-from moe.report import sweep_figures, sweep_html
+from moe.files import write_atomically
+from moe.report import figures, sweep_figures, sweep_html
 from moe.report.paired import Difference
 from moe.report.results import Results, Spread, load_results, metric_names
 
@@ -28,8 +28,7 @@ def write_sweep_report(path: pathlib.Path) -> str:
   write_atomically(path / 'report.html', sweep_html.page(results))
   for name, draw in PICTURES.items():
     if figure := draw(results):
-      with replacing(path / name) as temporary:
-        figure.savefig(temporary, dpi=120, format='png')
+      figures.save_png(figure, path / name)
   return _text_table(results)
 
 
