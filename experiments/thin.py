@@ -2,9 +2,10 @@
 
 python experiments/thin.py runs/balance experiments/results/balance
 
-Takes what reports need of every finished run: config.json, data.json, evals.jsonl, and of metrics.jsonl and
-load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What reports average over the
-last rows then differs slightly. The copy has sweep.json, so experiments/report.py makes its report.
+Takes what reports need of every finished run: config.json, data.json, evals.jsonl, summary.json, and of metrics.jsonl
+and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What reports average over
+the last rows then differs slightly. The copy is a results folder like any: experiments/report.py makes its report,
+experiments/ablate.py adds runs.
 """
 
 import json
@@ -18,7 +19,7 @@ from absl import flags
 from moe import cli
 from moe.errors import UserError
 from moe.files import write_atomically
-from moe.report.run import load_run
+from moe.report.run import load_run, summarize
 from moe.sweep import jobs, manifest
 
 EVERY = flags.DEFINE_integer('every', 10, 'Steps between rows of metrics.jsonl.', lower_bound=1)
@@ -29,6 +30,8 @@ def main(argv):
   if len(argv) != 3:
     raise UserError('usage: python experiments/thin.py SWEEP OUT')
   source, out = map(pathlib.Path, argv[1:])
+  if source.resolve() == out.resolve():
+    raise UserError(f'{out} is the sweep itself; choose another folder for the copy')
   sweep = manifest.read(source)
   finished = [run.folder for run in sweep.runs if jobs.is_finished(source / run.folder)]
   if not finished:
@@ -45,11 +48,15 @@ def _copy(source: pathlib.Path, out: pathlib.Path):
   info = {key: value for key, value in run.info.items() if key != 'command'}  # paths of the machine it ran on
   write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
   for name in ('data.json', 'evals.jsonl'):
-    write_atomically(out / name, (source / name).read_text('utf-8'))
+    try:
+      write_atomically(out / name, (source / name).read_text('utf-8'))
+    except OSError as error:
+      raise UserError(f'cannot read {source / name}: {error.strerror}') from error
   logs = ('metrics.jsonl', run.rows, EVERY.value), ('load_history.jsonl', run.load_history, LOADS_EVERY.value)
   for name, rows, every in logs:
     kept = [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
     write_atomically(out / name, ''.join(json.dumps(_short(row), separators=(',', ':')) + '\n' for row in kept))
+  write_atomically(out / 'summary.json', json.dumps(summarize(run), indent=1) + '\n')  # last: it says that all is here
 
 
 def _short(row: dict) -> dict:

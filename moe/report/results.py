@@ -74,6 +74,12 @@ class Results:
     """Runs whose curves are drawn: the finished ones, or as long as there are none, what there is; by seed."""
     return self.of(variant) or [m for m in self.members if m.variant == variant]
 
+  @property
+  def ranked(self) -> list[str]:
+    """Variants with the most finished seeds, by declaration: a mean over fewer seeds may be best by chance."""
+    most = max(len(self.of(variant)) for variant in self.variants)
+    return [variant for variant in self.variants if most and len(self.of(variant)) == most]
+
   def spread(self, variant: str, key: str) -> Spread | None:
     """Of a value over the finished runs of a variant that have it; None if none has."""
     values = [m.values[key] for m in self.of(variant) if m.values[key] is not None]
@@ -109,7 +115,11 @@ def load_results(path: pathlib.Path) -> Results:
     if not jobs.steps_done(folder):
       missing.append((planned.folder, jobs.last_words(folder) or 'not started'))
       continue
-    run = load_run(folder)
+    try:
+      run = load_run(folder)
+    except UserError as error:
+      missing.append((planned.folder, f'cannot be read: {error}'))
+      continue
     summary = summarize(run)
     if not summary['finished']:
       words = jobs.last_words(folder)
@@ -121,7 +131,8 @@ def load_results(path: pathlib.Path) -> Results:
       values[f'throughput_{n}'] = None if num_experts % n else imbalance.relative_throughput(run, n)
     members.append(Member(planned.variant, planned.seed, run, summary['finished'], values))
   if not members:
-    raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step yet')
+    damaged = ''.join(f'; {name} {why}' for name, why in missing if why.startswith('cannot be read'))
+    raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step{damaged}')
   return Results(path, sweep, members, missing, devices)
 
 

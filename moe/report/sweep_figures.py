@@ -120,7 +120,9 @@ def pareto(results: Results) -> Figure | None:
   for group in _weight_series(results, points):
     axes.plot(*zip(*[(points[v][0].mean, points[v][1].mean) for v in group], strict=True), color=GREY, linewidth=1)
   for variant, (x, y) in points.items():
-    axes.errorbar(x.mean, y.mean, y.std, x.std, label=variant, markersize=9, capsize=2, **_style(results, variant))
+    seeds = len(results.of(variant))
+    label = f'{variant}, {seeds} seed{"s" * (seeds > 1)}'
+    axes.errorbar(x.mean, y.mean, y.std, x.std, label=label, markersize=9, capsize=2, **_style(results, variant))
   front = _front([(x.mean, y.mean) for x, y in points.values()])
   axes.step(*zip(*front, strict=True), where='post', color=GREY, linestyle=':', linewidth=1.4, label='Pareto front')
   plain_log_ticks(axes.xaxis)
@@ -171,7 +173,7 @@ def throughput(results: Results) -> Figure | None:
 
 
 def _gap_of(results, member):
-  base = [m for m in results.members if m.variant == results.baseline and m.seed == member.seed]
+  base = [m for m in results.shown(results.baseline) if m.seed == member.seed]
   if not base:
     return None
   (steps, losses), (base_steps, base_losses) = member.run.series('loss'), base[0].run.series('loss')

@@ -55,11 +55,15 @@ def verdict(results: Results) -> str:
   """Which variant is best in loss and in balance, in one line."""
   parts = []
   for key, what in (('val_loss', 'validation loss'), ('max_vio_global', 'MaxVio_global')):
-    found = {variant: spread for variant in results.variants if (spread := results.spread(variant, key))}
+    found = {variant: spread for variant in results.ranked if (spread := results.spread(variant, key))}
     if found:
       best = min(found, key=lambda variant: found[variant].mean)
       parts.append(f'{what}: {best}, {spread_text(found[best])}')
-  return 'Lowest ' + '; lowest '.join(parts) + '.' if parts else 'No run is finished yet.'
+  if not parts:
+    return 'No run is finished yet.'
+  seeds, all_ranked = len(results.of(results.ranked[0])), len(results.ranked) == len(results.variants)
+  among = '' if all_ranked else f' (of the {len(results.ranked)} variants with {seeds} seed{"s" * (seeds > 1)})'
+  return 'Lowest ' + '; lowest '.join(parts) + among + '.'
 
 
 def spread_text(spread: Spread | None) -> str:
@@ -75,14 +79,15 @@ def spread_text(spread: Spread | None) -> str:
 
 
 _RESULTS = (
-  'Mean over the finished seeds ± standard deviation; bold: best of a column. "Speed on N" is modelled: training on N '
-  'devices that share the experts, relative to even loads (see below). Balance is measured on the validation set '
-  '(global) and on training batches (batch, last 10% of the steps); entropy is 1 when balanced. Tokens/s are as '
-  'measured, less where runs shared a machine.'
+  'Mean over the finished seeds ± standard deviation; bold: best of a column, of the variants with the most seeds. '
+  '"Speed on N" is modelled: training on N devices that share the experts, relative to even loads (see below). Balance '
+  'is measured on the validation set (global) and on training batches (batch, last 10% of the steps); entropy is 1 '
+  'when balanced. Tokens/s are as measured, less where runs shared a machine.'
 )
 _PARETO = (
-  'Each point a variant, bars the standard deviation over seeds; below and left is better. A line joins variants that '
-  'differ in the weight of their auxiliary loss only. Dotted: no other variant is better in both.'
+  'Each point a variant, bars the standard deviation over seeds; below and left is better. Points of other numbers of '
+  'seeds differ by chance, too. A line joins variants that differ in the weight of their auxiliary loss only. Dotted: '
+  'no other variant is better in both.'
 )
 _SIGNIFICANCE = (
   'Paired over seeds: both runs of a pair had the same initial weights and batches. Marks are seeds, bars the 95% '
@@ -120,7 +125,7 @@ def _tables(results):
 
 def _table(results, columns):
   cells = {key: {v: results.spread(v, key) for v in results.variants} for key, _, _ in columns}
-  best = {key: _best(cells[key], better) for key, _, better in columns}
+  best = {key: _best({v: cells[key][v] for v in results.ranked}, better) for key, _, better in columns}
   head = ''.join(f'<th scope="col">{escape(name)}</th>' for _, name, _ in columns)
   rows = []
   for variant in results.variants:

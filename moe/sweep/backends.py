@@ -5,15 +5,17 @@ save and end; and `close()`.
 """
 
 import concurrent.futures
+import functools
 import os
 import queue
+import signal
 import socket
 import threading
 
 from moe.errors import UserError
 from moe.sweep.jobs import POLL_S, ROOT, Job, Result, run_job
 
-CONNECT_S = 5.0
+CONNECT_S, JOIN_S = 5.0, 60.0  # for a port to answer, and for Ray to be what answers
 
 
 class Local:
@@ -76,13 +78,19 @@ class Ray:
     except ModuleNotFoundError as error:
       raise UserError("--backend=ray needs Ray, which is not installed: pip install -e '.[ray]'") from error
     _check_reachable(address)
+    join = functools.partial(
+      ray.init,
+      address=address or None,
+      log_to_driver=False,
+      logging_level='error',
+      runtime_env={'env_vars': {'PYTHONPATH': str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}},
+    )
     try:
-      ray.init(
-        address=address or None,
-        log_to_driver=False,
-        logging_level='error',
-        runtime_env={'env_vars': {'PYTHONPATH': str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}},
-      )
+      _within(JOIN_S, join) if _names_a_cluster(address) else join()
+    except TimeoutError as error:
+      raise UserError(
+        f'what answers at {address!r} is no Ray cluster: it let no one join for {JOIN_S:.0f} s'
+      ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
       hint = 'a cluster with tokens wants RAY_AUTH_MODE=token here'
       raise UserError(f'no Ray cluster at {address or "auto"!r}: {error}; {hint}') from error
@@ -115,6 +123,8 @@ class Ray:
 
 def _ray_task(job: Job) -> Result:
   """A job on a node; cancelling it raises KeyboardInterrupt here, and the run saves."""
+  # Ray cancels by SIGINT, which a cluster started by a background job of a shell would ignore.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   stop = threading.Event()
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     future = pool.submit(run_job, job, dict(os.environ), stop)
@@ -127,14 +137,32 @@ def _ray_task(job: Job) -> Result:
         stop.set()
 
 
+def _within(seconds: float, call):
+  """What `call` returns or raises; TimeoutError after `seconds`, with the call left behind in a daemon thread."""
+  future = concurrent.futures.Future()
+
+  def run():
+    try:
+      future.set_result(call())
+    except BaseException as error:
+      future.set_exception(error)
+
+  threading.Thread(target=run, daemon=True).start()
+  return future.result(seconds)
+
+
+def _names_a_cluster(address: str) -> bool:
+  return address not in ('', 'auto', 'local')
+
+
 def _check_reachable(address: str):
   """Raises UserError at once where Ray itself would try for a minute."""
-  host, colon, port = address.removeprefix('ray://').rpartition(':')
-  if not address or address in ('auto', 'local'):
+  if not _names_a_cluster(address):
     return
-  if not colon or not port.isdigit():
+  host, colon, port = address.removeprefix('ray://').rpartition(':')
+  if not colon or not port.isdecimal():
     raise UserError(f"--ray_address = {address!r} must look like host:6379, ray://host:10001, 'auto' or 'local'")
   try:
     socket.create_connection((host, int(port)), CONNECT_S).close()
-  except (OSError, OverflowError) as error:
+  except (OSError, OverflowError, ValueError) as error:  # ValueError: no host has such a name
     raise UserError(f'no Ray cluster answers at --ray_address = {address!r} ({error})') from error

@@ -23,11 +23,13 @@ def load(definitions: str, name: str, scale: str, settings: Sequence[str], seeds
   """
   try:
     tables = runpy.run_path(definitions)
-    sweeps, scales = tables['SWEEPS'], tables['SCALES']
   except OSError as error:
     raise UserError(f'cannot read --definitions = {definitions!r}: {error.strerror}') from error
-  except KeyError as error:
-    raise UserError(f'--definitions = {definitions!r} has no table {error}; see configs/sweeps/declared.py') from error
+  except (ImportError, SyntaxError) as error:  # ImportError: a folder
+    raise UserError(f'--definitions = {definitions!r} is no Python file that runs: {error}') from error
+  if missing := [table for table in ('SWEEPS', 'SCALES') if table not in tables]:
+    raise UserError(f'--definitions = {definitions!r} has no table {missing[0]!r}; see configs/sweeps/declared.py')
+  sweeps, scales = tables['SWEEPS'], tables['SCALES']
   for flag, value, table in (('--sweep', name, sweeps), ('--scale', scale, scales)):
     if value not in table:
       raise UserError(f'{flag} = {value!r} must be one of {", ".join(table)}')
@@ -40,16 +42,24 @@ def load(definitions: str, name: str, scale: str, settings: Sequence[str], seeds
 def select(sweep: manifest.Sweep, patterns: Sequence[str]) -> set[str]:
   """Names of the variants that match any of the patterns (`fnmatch`); of all without patterns.
 
+  Args:
+    patterns: pieces between commas. Names may hold commas, too: of the next pieces, as many as match together are one
+      pattern.
+
   Raises:
     UserError: a pattern matches no variant.
   """
   names = [variant.name for variant in sweep.variants]
-  if not patterns:
-    return set(names)
-  for pattern in patterns:
-    if not fnmatch.filter(names, pattern):
-      raise UserError(f'--only = {pattern!r} matches no variant of {sweep.name!r}; they are {", ".join(names)}')
-  return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+  selected, rest = set(), list(patterns)
+  while rest:
+    for count in range(len(rest), 0, -1):
+      if found := fnmatch.filter(names, ','.join(rest[:count])):
+        break
+    else:
+      raise UserError(f'--only = {rest[0]!r} matches no variant of {sweep.name!r}; they are {"; ".join(names)}')
+    selected.update(found)
+    rest = rest[count:]
+  return selected or set(names)
 
 
 def _set(base: Config, setting: str) -> Config:
@@ -67,6 +77,6 @@ def _set(base: Config, setting: str) -> Config:
 
 
 def _seed(text: str) -> int:
-  if not text.isdigit():
+  if not text.isdecimal():
     raise UserError(f'--seeds = {text!r} must be integers, 0 or above, separated by commas')
   return int(text)

@@ -23,11 +23,11 @@ from typing import NamedTuple
 
 import tqdm
 
-from moe.sweep.manifest import RunOf
+from moe.sweep.manifest import LOCK, RunOf
 from moe.sweep.variants import flatten
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-LOG, LOCK = 'log.txt', '.lock'
+LOG = 'log.txt'
 PROMPT = '$ '  # begins each attempt's command in the log
 POLL_S = 0.5
 TAIL_BYTES = 1 << 16  # of a file whose last line is wanted
@@ -110,7 +110,14 @@ def run_job(job: Job, environment: dict[str, str], stop: threading.Event) -> Res
     return Result(job.name, 'finished')
   if stop.is_set() and status in (0, -signal.SIGTERM):  # the latter before it could save, or had anything to save
     return Result(job.name, 'stopped', 'the same command continues')
-  return Result(job.name, 'failed', last_words(job.folder) or f'exit status {status}')
+  return Result(job.name, 'failed', _why(status, last_words(job.folder)))
+
+
+def _why(status: int, words: str) -> str:
+  if words.startswith('error: '):
+    return words
+  ended = f'killed by {signal.Signals(-status).name}' if status < 0 else f'exit status {status}'
+  return f'{ended}, after {words!r}' if words else ended
 
 
 def is_finished(folder: pathlib.Path) -> bool:

@@ -1,6 +1,7 @@
 """sweep.json: which sweep a results folder belongs to, which runs it has, and whether a command may go on with it."""
 
 import dataclasses
+import fcntl
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from moe.errors import UserError
 from moe.files import write_atomically
 from moe.sweep.variants import Variant, check_names, flatten, overlay
 
-FILE = 'sweep.json'
+FILE, LOCK = 'sweep.json', '.lock'
 SEED = 'train.seed'
 FREE = ('data.cache_dir',)  # settings that do not change a result
 
@@ -80,10 +81,22 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(f'workdir {folder} is a file; choose a folder')
-  if (folder / FILE).exists():
-    sweep = _merge(folder, read(folder), sweep)
-  elif folder.exists() and any(folder.iterdir()):
+  if folder.exists() and not (folder / FILE).exists() and any(file.name != LOCK for file in folder.iterdir()):
     raise UserError(f'workdir {folder} holds files but no {FILE}, so it is not of a sweep; choose another --workdir')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open('a')
+  except OSError as error:
+    raise UserError(f'cannot write to workdir {folder}: {error.strerror}') from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that add to the folder take turns
+    if (folder / FILE).exists():
+      sweep = _merge(folder, read(folder), sweep)
+    _write(folder, sweep)
+  return sweep
+
+
+def _write(folder: pathlib.Path, sweep: Sweep):
   description = {
     'version': moe.__version__,
     'sweep': sweep.name,
@@ -93,7 +106,6 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
     'base': dataclasses.asdict(sweep.base),
   }
   write_atomically(folder / FILE, json.dumps(description, indent=2) + '\n')
-  return sweep
 
 
 def read(folder: pathlib.Path) -> Sweep:

@@ -21,7 +21,7 @@ from moe.report.document import image
 from moe.report.results import Spread, load_results, unfair
 from moe.report.run import load_run
 from moe.report.sweep import write_sweep_report
-from moe.sweep import manifest
+from moe.sweep import jobs, manifest
 from moe.sweep.variants import named
 
 THIN = str(pathlib.Path(__file__).parents[2] / 'experiments/thin.py')
@@ -213,6 +213,43 @@ def test_a_seed_that_has_just_begun_does_not_cut_the_curves_of_the_others(sweep)
   assert {line.get_label(): line.get_xdata()[-1] for line in axes.lines} == dict.fromkeys(fake_sweep.VARIANTS, 40)
 
 
+def test_a_baseline_that_has_just_begun_does_not_cut_the_gaps_of_the_others(sweep):
+  run = sweep / 'sign,seed=1'
+  (run / 'evals.jsonl').unlink()
+  (run / 'metrics.jsonl').write_text(''.join((run / 'metrics.jsonl').read_text().splitlines(True)[:2]))
+  axes = sweep_figures.loss_gap(load_results(sweep)).axes[0]
+  others = [line for line in axes.lines if line.get_label() in fake_sweep.VARIANTS]
+  assert [line.get_xdata()[-1] for line in others] == [40] * 3
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'why'),
+  [('metrics.jsonl', 'garbage\n{}\n', 'line 1 is no valid JSON'), ('config.json', '', 'config.json is no valid JSON')],
+)
+def test_a_damaged_run_is_listed_and_the_rest_reported(sweep, name, text, why):
+  path = sweep / 'none,seed=1' / name
+  path.write_text(text + (path.read_text() if text else ''))
+  write_sweep_report(sweep)
+  results = load_results(sweep)
+  assert len(results.of('none')) == 2
+  assert [folder for folder, _ in results.missing] == ['none,seed=1']
+  assert why in results.missing[0][1]
+  assert 'none,seed=1: cannot be read' in (sweep / 'report.html').read_text()
+
+
+def test_only_variants_with_the_most_seeds_are_ranked(sweep):
+  """'none' has the lowest loss, by one seed; of the three with all seeds, 'sign'."""
+  for seed in (1, 2):
+    shutil.rmtree(sweep / f'none,seed={seed}')
+  results = load_results(sweep)
+  assert results.ranked == ['sign', 'switch_0.001', 'switch_0.01']
+  assert min(results.variants, key=lambda v: results.spread(v, 'val_loss').mean) == 'none'
+  assert sweep_html.verdict(results).startswith('Lowest validation loss: sign')
+  assert sweep_html.verdict(results).endswith('(of the 3 variants with 3 seeds).')
+  labels = sweep_figures.pareto(results).axes[0].get_legend_handles_labels()[1]
+  assert {'sign, 3 seeds', 'none, 1 seed'} < set(labels)
+
+
 def test_a_run_whose_loss_is_not_a_number_is_left_out(sweep):
   for variant in ('sign', 'none'):
     change_rows(sweep / f'{variant},seed=1' / 'evals.jsonl', lambda row: row | {'val_loss': math.nan})
@@ -290,6 +327,17 @@ def test_thinned_results_have_the_same_table(whole, tmp_path):
   assert [row['step'] for row in run.load_history] == [1, 20, 40]
   assert run.rows[1]['loss'] == pytest.approx(before.members[0].run.rows[9]['loss'], rel=1e-5)
   assert 'command' not in run.info
+  assert all(jobs.is_finished(member.run.path) for member in after.members), 'or a sweep would train them again'
+  assert thin(tmp_path / 'small', tmp_path / 'smaller', '--every=20', '--loads_every=40').returncode == 0
+  assert load_results(tmp_path / 'smaller').spread('sign', 'val_loss') == before.spread('sign', 'val_loss')
+
+
+def test_thin_leaves_the_sweep_itself_alone(sweep):
+  before = {path: path.read_bytes() for path in sweep.rglob('*') if path.is_file()}
+  done = thin(sweep, sweep / '..' / sweep.name)
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+  assert 'is the sweep itself' in done.stderr
+  assert {path: path.read_bytes() for path in sweep.rglob('*') if path.is_file()} == before
 
 
 def test_thinned_results_gain_runs_of_the_same_sweep_only(tmp_path):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import time
 import jax
 import numpy as np
 import pytest
+
+from moe.sweep import jobs
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = '--xla_backend_optimization_level=0'
@@ -194,10 +197,52 @@ def test_ray_gives_the_same_table(finished, corpus, tmp_path):
   assert table(tmp_path / 'ray') == table(finished)
 
 
-def test_an_unreachable_ray_cluster_is_one_line(corpus, tmp_path):
+def test_sigterm_reaches_the_runs_on_ray_though_sigint_is_ignored(corpus, tmp_path):
+  """As in a job that a shell script starts in the background: Ray stops its tasks by SIGINT."""
   pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
-  result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', '--ray_address=127.0.0.1:1')
+  arguments = [*smoke(corpus, tmp_path / 'ray'), '--only=sign', '--backend=ray', '--ray_address=local']
+  process = subprocess.Popen(
+    command(*arguments, '--set=train.steps=1000000', '--set=train.eval_every=0', '--set=checkpoint.every_steps=0'),
+    cwd=ROOT,
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+  )
+  run = tmp_path / 'ray' / 'sign,seed=0'
+  deadline = time.monotonic() + 200
+  while process.poll() is None and not jobs.steps_done(run) and time.monotonic() < deadline:
+    time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=100)
+  assert process.returncode == 1, said
+  assert 'stopped: sign,seed=0: the same command continues' in said
+  assert list((run / 'checkpoints').iterdir()), 'it saved'
+
+
+@pytest.mark.parametrize(
+  ('address', 'message'),
+  [
+    ('127.0.0.1:1', "no Ray cluster answers at --ray_address = '127.0.0.1:1'"),
+    ('..:6379', "no Ray cluster answers at --ray_address = '..:6379'"),
+    ('host:²', "'host:²' must look like host:6379"),
+  ],
+)
+def test_an_unreachable_ray_cluster_is_one_line(corpus, tmp_path, address, message):
+  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
+  result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', f'--ray_address={address}')
   assert result.returncode == 2
-  assert "no Ray cluster answers at --ray_address = '127.0.0.1:1'" in result.stderr
+  assert message in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
   assert not (tmp_path / 'ray').exists()
+
+
+def test_a_port_of_something_else_is_no_ray_cluster():
+  """It accepts connections and says nothing: Ray itself would try for minutes."""
+  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    address = f'127.0.0.1:{server.getsockname()[1]}'
+    program = f'from moe.sweep import backends; backends.JOIN_S = 2.0; backends.Ray({address!r})'
+    result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+  assert result.returncode == 1
+  assert f'what answers at {address!r} is no Ray cluster' in result.stderr.splitlines()[-1]

@@ -110,9 +110,18 @@ def test_last_words_are_of_the_last_attempt(tmp_path):
   assert jobs.last_words(tmp_path) == '20%'
 
 
-def test_killed_without_a_word_is_a_failure_with_its_status(tmp_path):
-  command = (sys.executable, '-c', 'import os; os.kill(os.getpid(), 9)')
-  assert run_all([dataclasses.replace(job(tmp_path / 'a'), command=command)])[0].reason == 'exit status -9'
+@pytest.mark.parametrize(
+  ('program', 'reason'),
+  [
+    ('import os; os.kill(os.getpid(), 9)', 'killed by SIGKILL'),
+    ('import os; print(" 10% | 3/30", flush=True); os.kill(os.getpid(), 9)', "killed by SIGKILL, after '10% | 3/30'"),
+    ('import sys; print("what"); sys.exit(3)', "exit status 3, after 'what'"),
+    ('import sys; print("error: no text"); sys.exit(2)', 'error: no text'),
+  ],
+)
+def test_a_failure_says_how_it_ended(tmp_path, program, reason):
+  command = (sys.executable, '-c', program)
+  assert run_all([dataclasses.replace(job(tmp_path / 'a'), command=command)])[0].reason == reason
 
 
 def test_each_run_has_gpus_of_its_own(tmp_path, monkeypatch):

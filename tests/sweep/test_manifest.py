@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import threading
 
 import pytest
 
@@ -42,6 +43,24 @@ def test_new_seeds_and_variants_are_added(tmp_path):
   assert [variant.name for variant in more.variants] == ['gamma=0.1', 'gamma=0.01', 'gamma=0.5']
   assert more.seeds == (1, 0)
   assert manifest.read(tmp_path) == more
+
+
+def test_two_commands_that_add_to_a_folder_lose_nothing(tmp_path, monkeypatch):
+  """The first has read sweep.json and is about to write it when the second comes."""
+  manifest.open_folder(tmp_path, sweep(seeds=(0,)))
+  read, second = manifest.read, threading.Thread(target=manifest.open_folder, args=(tmp_path, sweep(seeds=(2,))))
+
+  def slow_read(folder):
+    found = read(folder)
+    if threading.current_thread() is not second:
+      second.start()
+      second.join(0.5)
+    return found
+
+  monkeypatch.setattr(manifest, 'read', slow_read)
+  manifest.open_folder(tmp_path, sweep(seeds=(1,)))
+  second.join()
+  assert read(tmp_path).seeds == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +187,21 @@ def test_only_takes_names_and_patterns():
   loaded = load()
   assert declared.select(loaded, ['none', 'switch_0*']) == {'none', 'switch_0.001', 'switch_0.01', 'switch_0.1'}
   assert len(declared.select(loaded, [])) == len(loaded.variants)
-  with pytest.raises(UserError, match="'sigh' matches no variant of 'balance'; they are sign, none"):
+  with pytest.raises(UserError, match="'sigh' matches no variant of 'balance'; they are sign; none"):
     declared.select(loaded, ['sigh'])
+
+
+def test_only_takes_names_that_hold_commas():
+  """Of a sweep whose names are products: as the command line cuts them at every comma."""
+  loaded = load(name='gate')
+  assert declared.select(loaded, ['score_fn=sigmoid', 'sign']) == {'score_fn=sigmoid,sign'}
+  assert declared.select(loaded, ['score_fn=softmax', 'none', 'score_fn=sigmoid', 'switch_*']) == {
+    'score_fn=softmax,none',
+    'score_fn=sigmoid,switch_0.01',
+  }
+  assert len(declared.select(loaded, ['*sign', 'score_fn=softmax*'])) == 4
+  with pytest.raises(UserError, match="'sign' matches no variant"):
+    declared.select(loaded, ['score_fn=sigmoid', 'none', 'sign'])
 
 
 @pytest.mark.parametrize(
@@ -182,7 +214,10 @@ def test_only_takes_names_and_patterns():
     ({'settings': ['train.steps']}, 'must be train.steps= and a value'),
     ({'settings': ['model.tie_embeddings=1']}, 'a value of type bool'),
     ({'seeds': ('0', 'one')}, "--seeds = 'one' must be integers"),
+    ({'seeds': ('²',)}, "--seeds = '²' must be integers"),
     ({'definitions': '/no/such/file.py'}, 'cannot read --definitions'),
+    ({'definitions': str(pathlib.Path(__file__).parent)}, 'is no Python file that runs'),
+    ({'definitions': str(pathlib.Path(__file__).parents[2] / 'README.md')}, 'is no Python file that runs'),
     ({'definitions': __file__.replace('test_manifest', 'test_variants')}, "has no table 'SWEEPS'"),
   ],
 )
