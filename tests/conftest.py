@@ -1,9 +1,12 @@
 """What the tests share: 16 virtual CPU devices, a cache of compiled programs, meshes and a tiny model.
 
 Device count, platform and matmul precision must be set before the first array exists, so they are set on import.
+Nearly all the time goes into tracing and compiling: programs are compiled unoptimised, also by the processes that tests
+start, and Python looks for garbage seldom, since traced programs are many objects that stay.
 """
 
 import functools
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from moe.mesh import AXES
 DEVICES = 16
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree' / 'tests-xla'
 
+gc.set_threshold(200_000, 20, 100)
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', DEVICES)
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -63,12 +68,6 @@ def tiny_model():
     yarn_original_len=64,
     mtp_depth=2,
   )
-
-
-@pytest.fixture(scope='session')
-def fast_jit():
-  """jax.jit for large programs on small arrays: XLA:CPU takes half as long to compile unoptimised."""
-  return functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @pytest.fixture(scope='session')

@@ -75,8 +75,8 @@ def command(workdir, arguments):
 
 
 def environment():
-  """As on a fresh machine, but with the tests' compilation cache."""
-  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'XLA_'))}
+  """As on a fresh machine, but with the tests' compilation cache and flags."""
+  keep = {key: value for key, value in os.environ.items() if not key.startswith('JAX_')}
   return keep | {'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir), 'JAX_PLATFORMS': 'cpu'}
 
 

@@ -187,7 +187,7 @@ def smoke() -> Config:
       mtp_depth=0,
     ),
     balance=BalanceConfig(gamma=0.01),
-    data=DataConfig(seq_len=32),
+    data=DataConfig(seq_len=32, val_fraction=0.001),
     optimizer=OptimizerConfig(warmup_steps=2),
     train=TrainConfig(steps=8, batch_size=8, microbatches=2, eval_every=4, sample_tokens=0),
     checkpoint=CheckpointConfig(every_steps=2, keep=1),

@@ -46,7 +46,7 @@ def random_parameters(config):
 
 
 @pytest.fixture(scope='module')
-def full_logits(mesh_of, fast_jit):
+def full_logits(mesh_of):
   """full_logits(config, tokens, scheme): float32 [S, V] of the main model, and of the MTP module if there is one, from
   parameters rounded to `scheme`."""
 
@@ -67,7 +67,7 @@ def full_logits(mesh_of, fast_jit):
     if config not in compiled:
       inside = lambda params, bias_LE, token_BS: run(config, params, bias_LE, token_BS)
       specs = (P(), P(), P(BATCH_AXES))
-      compiled[config] = fast_jit(
+      compiled[config] = jax.jit(
         jax.shard_map(inside, mesh=mesh_of(), in_specs=specs, out_specs=P(BATCH_AXES, None, 'tensor'))
       )
     token_BS = np.zeros((1, CAPACITY), np.int32)

@@ -154,7 +154,7 @@ def tokens(hf: dict, length: int = 20) -> np.ndarray:
   return np.random.default_rng(5).integers(0, hf['vocab_size'], (2, length)).astype(np.int32)
 
 
-def our_logits(model, params, bias_LE, token_BS, mesh, jit) -> np.ndarray:
+def our_logits(model, params, bias_LE, token_BS, mesh) -> np.ndarray:
   """float32 [1 + mtp_depth, B, S, vocabulary]: our model and its MTP modules on all but the last mtp_depth tokens."""
   config = Config(model=model, dispatch='local', grouped_matmul='ragged_dot')
   length = token_BS.shape[1] - model.mtp_depth
@@ -173,7 +173,7 @@ def our_logits(model, params, bias_LE, token_BS, mesh, jit) -> np.ndarray:
 
   specs = (P(), P(), P(BATCH_AXES))
   mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P(None, BATCH_AXES, None, 'tensor'))
-  return np.asarray(jit(mapped)(params, bias_LE, token_BS))[..., : model.vocab_size]
+  return np.asarray(jax.jit(mapped)(params, bias_LE, token_BS))[..., : model.vocab_size]
 
 
 def their_logits(folder, token_BS, mtp_depth: int = 0) -> np.ndarray:

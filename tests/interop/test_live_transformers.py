@@ -31,27 +31,27 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_ours_loaded_by_transformers(variant, tiny_model, tmp_path, mesh_of, fast_jit):
+def test_ours_loaded_by_transformers(variant, tiny_model, tmp_path, mesh_of):
   """Logits, MTP modules' too."""
   model = dataclasses.replace(tiny_model, **VARIANTS[variant])
   config = Config(model=model)
   arrays = random_arrays(config, std=0.3)
   run = make_run(tmp_path / 'run', config, arrays)
   to_hf.export_run(run, tmp_path / 'hf', 'float32', 20e3 / 1e9)
-  compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
+  compare(config, arrays, tmp_path / 'hf', mesh_of())
 
 
-def compare(config, arrays, folder, mesh, jit):
+def compare(config, arrays, folder, mesh):
   """Asserts that transformers finds the model of `arrays` in `folder`."""
   token_BS = np.random.default_rng(3).integers(0, config.model.vocab_size, (2, 20)).astype(np.int32)
   params = nested(config, arrays)
-  ours = hf_cases.our_logits(config.model, params, arrays['bias_LE'], token_BS, mesh, jit)
+  ours = hf_cases.our_logits(config.model, params, arrays['bias_LE'], token_BS, mesh)
   theirs = hf_cases.their_logits(folder, token_BS, config.model.mtp_depth)
   assert np.abs(theirs).max() > 0.5
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_train_export_load(tmp_path, mesh_of, fast_jit):
+def test_train_export_load(tmp_path, mesh_of):
   """A run of a few steps, its newest checkpoint exported: the same logits there, and the same tokens of a text."""
   (tmp_path / 'text').mkdir()
   for number in range(9):
@@ -71,13 +71,13 @@ def test_train_export_load(tmp_path, mesh_of, fast_jit):
   arrays, step = read_run(tmp_path / 'run', config)
   assert step == 4
   assert np.abs(arrays['bias_LE']).max() > 0.04
-  compare(config, arrays, tmp_path / 'hf', mesh_of(), fast_jit)
+  compare(config, arrays, tmp_path / 'hf', mesh_of())
   tokenizer = load_saved(tmp_path / 'run' / 'tokenizer.json')
   expected = [tokenizer.bos_id, *tokenizer.encode(b'what it is')]  # as a document begins in training
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')('what it is').input_ids == expected
 
 
-def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):
+def test_theirs_loaded_by_us(tmp_path, mesh_of):
   """Fresh weights of theirs as save_pretrained writes them, and 64 tokens that generate continues a prompt with."""
   hf = hf_cases.fields_of('q_lora_groups')
   fields = {name: value for name, value in hf.items() if name not in ('architectures', 'model_type', 'rope_scaling')}
@@ -95,7 +95,7 @@ def test_theirs_loaded_by_us(tmp_path, mesh_of, fast_jit):
     expected_BSV = theirs(token_BS).logits.numpy()
   model, params, bias_LE = read_hf(tmp_path / 'hf', mesh_of())
   token_BS = token_BS.numpy().astype(np.int32)
-  (ours_BSV,) = hf_cases.our_logits(model, params, bias_LE, token_BS, mesh_of(), fast_jit)
+  (ours_BSV,) = hf_cases.our_logits(model, params, bias_LE, token_BS, mesh_of())
   np.testing.assert_allclose(ours_BSV, expected_BSV, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours_BSV.argmax(-1)[:, 7:-1], token_BS[:, 8:])  # so greedy decoding writes the same
   config = Config(model=model, dispatch='local', grouped_matmul='blocked')

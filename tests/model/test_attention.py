@@ -40,7 +40,7 @@ def parameters(name):
 
 
 @pytest.fixture(scope='module')
-def compiled(module_of, fast_jit):
+def compiled(module_of):
   """(params, x, cotangent) -> y and the gradients of params and x, for SEGMENT_BS."""
 
   @functools.cache
@@ -51,7 +51,7 @@ def compiled(module_of, fast_jit):
       y_BSD, pull = jax.vjp(apply, params, x_BSD)
       return y_BSD, *pull(cotangent_BSD)
 
-    return fast_jit(run)
+    return jax.jit(run)
 
   return compiled
 
@@ -99,7 +99,7 @@ def test_sees_only_earlier_positions_of_its_segment(name, compiled):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_fp8_projections(name, module_of, fast_jit):
+def test_fp8_projections(name, module_of):
   """Close to the exact ones, and every weight was rounded: none of their blocks' gradients is the exact one."""
   params, (x, cotangent) = parameters(name), inputs()
 
@@ -111,7 +111,7 @@ def test_fp8_projections(name, module_of, fast_jit):
       y, pull = jax.vjp(apply, params, x)
       return y, *pull(cotangent)
 
-    return fast_jit(with_gradients)(params, x, cotangent)
+    return jax.jit(with_gradients)(params, x, cotangent)
 
   (y, dparams, dx), (exact_y, exact_dparams, exact_dx) = run('attention'), run('experts,ffn')
   distance = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)

@@ -142,7 +142,7 @@ def emulated_ragged_all_to_all(
 
 
 @pytest.fixture(scope='module')
-def compiled(mesh_of, module_of, fast_jit):
+def compiled(mesh_of, module_of):
   """The compiled program of a case: every load reuses it."""
 
   @functools.cache
@@ -150,7 +150,7 @@ def compiled(mesh_of, module_of, fast_jit):
     name, axes, config = CASES[case]
     # The expert matmuls have tests of their own; ragged_dot compiles faster on CPU.
     matmul = 'blocked' if case in ('local', 'all_to_all-data2_expert2') else 'ragged_dot'
-    return fast_jit(with_gradients(program(name, mesh_of(**axes), config, module_of, matmul)))
+    return jax.jit(with_gradients(program(name, mesh_of(**axes), config, module_of, matmul)))
 
   return compiled
 

@@ -49,7 +49,7 @@ BALANCE = BalanceConfig(aux_loss='sequence', aux_alpha=0.7, z_loss=0.05)
 
 
 @pytest.fixture(scope='module')
-def whole(mesh_of, tiny_model, fast_jit):
+def whole(mesh_of, tiny_model):
   """One training loss of the tiny model: config, arguments, and (total, Sums, Counts), gradients."""
   config = resolved(tiny_model, balance=BALANCE, train=TrainConfig(mtp_weight=0.4))
   (params, bias_LE), batch = random_parameters(config), random_batch(tiny_model)
@@ -68,7 +68,7 @@ def whole(mesh_of, tiny_model, fast_jit):
 
   specs = (P(), P(), P(BATCH_AXES))
   mapped = jax.shard_map(run, mesh=mesh_of(), in_specs=specs, out_specs=P())
-  mapped = fast_jit(mapped)
+  mapped = jax.jit(mapped)
   return config, (params, bias_LE, batch), mapped(params, bias_LE, batch)
 
 
@@ -123,7 +123,7 @@ def test_whole_model_gradients(whole):
 # ---------------------------------------------------------------------------------------------------------- causality
 
 
-def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_model, fast_jit):
+def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_model):
   """Embeddings -> dense layer -> MoE layer with its router -> logits: exactly zero gradient from anywhere else."""
   model = dataclasses.replace(tiny_model, num_layers=2, mtp_depth=0, q_lora_rank=0)
   config = resolved(model)
@@ -147,7 +147,7 @@ def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_m
 
   specs = (P(), P(), P(), P(None, None, 'tensor'))
   mapped = jax.shard_map(run, mesh=mesh_of(), in_specs=specs, out_specs=P())
-  mapped = fast_jit(mapped)
+  mapped = jax.jit(mapped)
   for b in range(B):
     for position in range(S):
       only = np.zeros_like(cotangent_BSV)
@@ -165,7 +165,7 @@ VOCAB = ModelConfig(vocab_size=200, d_model=8, num_layers=1, num_dense_layers=0,
 
 @pytest.mark.parametrize('tensor', [1, 2])
 @pytest.mark.parametrize('tied', [False, True])
-def test_vocabulary(tied, tensor, mesh_of, fast_jit):
+def test_vocabulary(tied, tensor, mesh_of):
   """Embedding, head and cross-entropy with the vocabulary padded, tied and sharded."""
   config = resolved(dataclasses.replace(VOCAB, tie_embeddings=tied))
   params, bias_LE = random_parameters(config)
@@ -195,7 +195,7 @@ def test_vocabulary(tied, tensor, mesh_of, fast_jit):
     embedded_BSD, logits_BSV, nats = mapped(params, h_BSD)
     return nats + (embedded_BSD * h_BSD).sum(), (embedded_BSD, logits_BSV, nats)
 
-  grad, (embedded_BSD, logits_BSV, nats) = fast_jit(jax.grad(value, has_aux=True))(params, h_BSD)
+  grad, (embedded_BSD, logits_BSV, nats) = jax.jit(jax.grad(value, has_aux=True))(params, h_BSD)
 
   w, h = oracle.float64(params), oracle.float64(h_BSD)
   logits = lambda w: oracle.logits(h, w['scale_out_D'], w, config.model)

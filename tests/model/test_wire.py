@@ -75,9 +75,9 @@ def expected(name, x, weight, expert, keep, dy):
 
 
 @pytest.fixture(scope='module')
-def compiled(mesh_of, fast_jit):
+def compiled(mesh_of):
   return functools.cache(
-    lambda name, axes, in_fp8: fast_jit(with_gradients(program(name, mesh_of(**dict(axes)), in_fp8)))
+    lambda name, axes, in_fp8: jax.jit(with_gradients(program(name, mesh_of(**dict(axes)), in_fp8)))
   )
 
 

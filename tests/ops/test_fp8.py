@@ -78,8 +78,8 @@ def gradients(backend):
 
 
 @pytest.fixture(scope='module')
-def compiled(fast_jit):
-  return fast_jit(gradients('blocked'))
+def compiled():
+  return jax.jit(gradients('blocked'))
 
 
 @pytest.mark.parametrize('size_e', [[100, 0, 60], [0, 0, 0], [0, 160, 0], [1, 2, 150]])
@@ -108,9 +108,9 @@ def naive_wgrad(x, size_e, dy):
 
 
 @pytest.fixture(scope='module')
-def wgrad_in_fp8(fast_jit):
+def wgrad_in_fp8():
   """`gradients`, compiled as where Wgrad in FP8 pays."""
-  compiled = fast_jit(gradients('blocked'))
+  compiled = jax.jit(gradients('blocked'))
 
   def run(*operands):
     with pytest.MonkeyPatch.context() as patch:

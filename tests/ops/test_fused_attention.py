@@ -79,11 +79,11 @@ def with_gradients(queries, keys, v, segment, dout):
 
 @pytest.mark.parametrize('lengths', LENGTHS)
 @pytest.mark.parametrize('case', CASES)
-def test_blocked_equals_softmax(case, lengths, fast_jit, monkeypatch):
+def test_blocked_equals_softmax(case, lengths, monkeypatch):
   monkeypatch.setattr(blocked, 'BLOCK', 64)
   queries, keys, v, dout = inputs(case)
   segment = segments(case, LENGTHS[lengths])
-  close(fast_jit(with_gradients)(queries, keys, v, segment, dout), exact(queries, keys, v, segment, dout), 2e-6)
+  close(jax.jit(with_gradients)(queries, keys, v, segment, dout), exact(queries, keys, v, segment, dout), 2e-6)
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)

@@ -17,7 +17,6 @@ import pytest
 from moe.sweep import jobs
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS = '--xla_backend_optimization_level=0'
 VARIANTS = ('sign', 'none', 'switch_global_0.01')
 
 
@@ -36,10 +35,10 @@ def command(*arguments):
 
 
 def environment():
-  """As on a fresh machine, but with the tests' compilation cache and programs that compile faster than they run."""
-  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'XLA_', 'RAY_'))}
+  """As on a fresh machine, but with the tests' compilation cache and flags."""
+  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'RAY_'))}
   cache = str(jax.config.jax_compilation_cache_dir)
-  return keep | {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FLAGS}
+  return keep | {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu'}
 
 
 def ablate(*arguments, timeout=300):
