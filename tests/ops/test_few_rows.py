@@ -14,6 +14,8 @@ from moe.ops import few_rows, few_rows_gpu, weights
 from moe.ops.few_rows_gpu import item_of, item_rows
 
 KINDS = ('array', 'fp8', 'mxfp4')
+quantize = jax.jit(weights.quantize, static_argnums=1)  # compiled whole, since each operation by itself takes as long
+dequantize = jax.jit(weights.dequantize, static_argnums=1)
 # rows per expert, and rows that no expert has
 LOADS = {
   'uneven': ([3, 0, 20, 1, 9], 2),
@@ -31,8 +33,8 @@ def inputs(load, K, N, kind, dtype):
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(sum(sizes) + rest, K)) * np.exp2(rng.integers(-9, 9, (sum(sizes) + rest, 1))), dtype)
   drawn = jnp.asarray(rng.normal(size=(2, len(sizes), K, N)) / 16, dtype)
-  ws = [drawn[i] if kind == 'array' else weights.quantize(drawn[i], kind) for i in range(2)]
-  matrices = [np.asarray(weights.dequantize(w, jnp.float32), np.float64) for w in ws]
+  ws = [drawn[i] if kind == 'array' else quantize(drawn[i], kind) for i in range(2)]
+  matrices = [np.asarray(dequantize(w, jnp.float32), np.float64) for w in ws]
   return x, ws, jnp.array(sizes, jnp.int32), matrices
 
 
@@ -80,8 +82,8 @@ def test_dense_products_equal_numpy(rows, kind):
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
   drawn = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(64, 32), (64, 32), (32, 40)]]
-  ws = [w if kind == 'array' else weights.quantize(w, kind) for w in drawn]
-  matrices = [np.asarray(weights.dequantize(w, jnp.float32), np.float64)[None] for w in ws]
+  ws = [w if kind == 'array' else quantize(w, kind) for w in drawn]
+  matrices = [np.asarray(dequantize(w, jnp.float32), np.float64)[None] for w in ws]
   assert_near(few_rows.parts_dense(x, ws[0]).sum(0), exact(x, matrices[:1], [rows]), jnp.float32)
   y = few_rows.feed_forward_dense(x, *ws)
   assert_near(y.sum(0), feed_forward(x, matrices), jnp.float32)
@@ -141,8 +143,8 @@ def gate_up_down(kind, dtype, experts=20, D=512, F=96):
   """Three weights, and the float64 matrices that they stand for."""
   rng = np.random.default_rng(2)
   drawn = [jnp.asarray(rng.normal(size=(experts, *shape)) / 16, dtype) for shape in [(D, F), (D, F), (F, D)]]
-  ws = [w if kind == 'array' else weights.quantize(w, kind) for w in drawn]
-  return ws, [np.asarray(weights.dequantize(w, jnp.float32), np.float64) for w in ws]
+  ws = [w if kind == 'array' else quantize(w, kind) for w in drawn]
+  return ws, [np.asarray(dequantize(w, jnp.float32), np.float64) for w in ws]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_the_kernel_interpreted_in_float32(load, kind):
 def test_weights_of_two_kinds_are_refused():
   x, ws, sizes, _ = inputs('uneven', 64, 32, 'fp8', jnp.bfloat16)
   with pytest.raises(ValueError, match='must be of one kind, not Fp8Weight, '):
-    few_rows_gpu.products(x, (ws[0], weights.dequantize(ws[1], jnp.bfloat16)), sizes, interpret=True)
+    few_rows_gpu.products(x, (ws[0], dequantize(ws[1], jnp.bfloat16)), sizes, interpret=True)
 
 
 def test_rows_of_any_size_survive_in_float16():
