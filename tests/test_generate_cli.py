@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from processes import environment
 
 from moe import loop
 from moe.checkpoint import Checkpoints
@@ -236,12 +236,9 @@ def test_bad_checkpoints(folder, byte_run, script, tmp_path, capsys):
 
 def test_from_outside(run):
   """On virtual devices, as a process of its own; and a mistake as one line, with nothing said before."""
-  keep = {key: value for key, value in os.environ.items() if not key.startswith('JAX_')}
-  cache = str(jax.config.jax_compilation_cache_dir)
-  environment = keep | {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu'}
   command = [sys.executable, 'experiments/generate.py', f'--checkpoint={run}', f'--prompt={PROMPT}', '--max_tokens=4']
   call = lambda *more: subprocess.run(
-    [*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    [*command, *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
   )
   good = call('--cpu_devices=2', '--expert=2', '--drafts=1')
   assert good.returncode == 0, good.stderr

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from processes import environment
 
 from moe import flops, loop
 from moe.checkpoint import Checkpoints, abstract_like
@@ -72,12 +73,6 @@ def config(corpus, **changes) -> Config:
 
 def command(workdir, arguments):
   return [sys.executable, 'experiments/train.py', '--config=configs/default.py', f'--workdir={workdir}', *arguments]
-
-
-def environment():
-  """As on a fresh machine, but with the tests' compilation cache and flags."""
-  keep = {key: value for key, value in os.environ.items() if not key.startswith('JAX_')}
-  return keep | {'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir), 'JAX_PLATFORMS': 'cpu'}
 
 
 def run(workdir, arguments):

@@ -80,6 +80,11 @@ class Results:
     most = max(len(self.of(variant)) for variant in self.variants)
     return [variant for variant in self.variants if most and len(self.of(variant)) == most]
 
+  def seeds_text(self, variant: str) -> str:
+    """'3 seeds': how many runs of a variant are finished."""
+    seeds = len(self.of(variant))
+    return f'{seeds} seed' if seeds == 1 else f'{seeds} seeds'
+
   def spread(self, variant: str, key: str) -> Spread | None:
     """Of a value over the finished runs of a variant that have it; None if none has."""
     values = [m.values[key] for m in self.of(variant) if m.values[key] is not None]

@@ -120,8 +120,7 @@ def pareto(results: Results) -> Figure | None:
   for group in _weight_series(results, points):
     axes.plot(*zip(*[(points[v][0].mean, points[v][1].mean) for v in group], strict=True), color=GREY, linewidth=1)
   for variant, (x, y) in points.items():
-    seeds = len(results.of(variant))
-    label = f'{variant}, {seeds} seed{"s" * (seeds > 1)}'
+    label = f'{variant}, {results.seeds_text(variant)}'
     axes.errorbar(x.mean, y.mean, y.std, x.std, label=label, markersize=9, capsize=2, **_style(results, variant))
   front = _front([(x.mean, y.mean) for x, y in points.values()])
   axes.step(*zip(*front, strict=True), where='post', color=GREY, linestyle=':', linewidth=1.4, label='Pareto front')

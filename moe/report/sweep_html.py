@@ -61,8 +61,9 @@ def verdict(results: Results) -> str:
       parts.append(f'{what}: {best}, {spread_text(found[best])}')
   if not parts:
     return 'No run is finished yet.'
-  seeds, all_ranked = len(results.of(results.ranked[0])), len(results.ranked) == len(results.variants)
-  among = '' if all_ranked else f' (of the {len(results.ranked)} variants with {seeds} seed{"s" * (seeds > 1)})'
+  among, ranked = '', results.ranked
+  if ranked != results.variants:
+    among = f' (of the {len(ranked)} variants with {results.seeds_text(ranked[0])})'
   return 'Lowest ' + '; lowest '.join(parts) + among + '.'
 
 

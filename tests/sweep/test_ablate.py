@@ -1,7 +1,6 @@
 """experiments/ablate.py from outside: real runs, small enough to take seconds."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -10,9 +9,9 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
+from processes import environment
 
 from moe.sweep import jobs
 
@@ -32,13 +31,6 @@ def corpus(tmp_path_factory):
 
 def command(*arguments):
   return [sys.executable, str(ROOT / 'experiments/ablate.py'), *map(str, arguments)]
-
-
-def environment():
-  """As on a fresh machine, but with the tests' compilation cache and flags."""
-  keep = {key: value for key, value in os.environ.items() if not key.startswith(('JAX_', 'RAY_'))}
-  cache = str(jax.config.jax_compilation_cache_dir)
-  return keep | {'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PLATFORMS': 'cpu'}
 
 
 def ablate(*arguments, timeout=300):
@@ -189,16 +181,21 @@ def test_bad_command_lines_are_one_line(tmp_path, arguments, message):
 # --------------------------------------------------------------------------------------------------------------- Ray
 
 
-def test_ray_gives_the_same_table(finished, corpus, tmp_path):
+@pytest.fixture(scope='module')
+def ray():
   pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
+
+
+@pytest.mark.usefixtures('ray')
+def test_ray_gives_the_same_table(finished, corpus, tmp_path):
   result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', '--ray_address=local')
   assert result.returncode == 0, result.stderr
   assert table(tmp_path / 'ray') == table(finished)
 
 
+@pytest.mark.usefixtures('ray')
 def test_sigterm_reaches_the_runs_on_ray_though_sigint_is_ignored(corpus, tmp_path):
   """As in a job that a shell script starts in the background: Ray stops its tasks by SIGINT."""
-  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
   arguments = [*smoke(corpus, tmp_path / 'ray'), '--only=sign', '--backend=ray', '--ray_address=local']
   process = subprocess.Popen(
     command(*arguments, '--set=train.steps=1000000', '--set=train.eval_every=0', '--set=checkpoint.every_steps=0'),
@@ -219,6 +216,7 @@ def test_sigterm_reaches_the_runs_on_ray_though_sigint_is_ignored(corpus, tmp_pa
   assert list((run / 'checkpoints').iterdir()), 'it saved'
 
 
+@pytest.mark.usefixtures('ray')
 @pytest.mark.parametrize(
   ('address', 'message'),
   [
@@ -228,7 +226,6 @@ def test_sigterm_reaches_the_runs_on_ray_though_sigint_is_ignored(corpus, tmp_pa
   ],
 )
 def test_an_unreachable_ray_cluster_is_one_line(corpus, tmp_path, address, message):
-  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
   result = ablate(*smoke(corpus, tmp_path / 'ray'), '--backend=ray', f'--ray_address={address}')
   assert result.returncode == 2
   assert message in result.stderr
@@ -236,9 +233,9 @@ def test_an_unreachable_ray_cluster_is_one_line(corpus, tmp_path, address, messa
   assert not (tmp_path / 'ray').exists()
 
 
+@pytest.mark.usefixtures('ray')
 def test_a_port_of_something_else_is_no_ray_cluster():
   """It accepts connections and says nothing: Ray itself would try for minutes."""
-  pytest.importorskip('ray', reason="needs Ray: pip install -e '.[ray]'")
   with socket.create_server(('127.0.0.1', 0)) as server:
     address = f'127.0.0.1:{server.getsockname()[1]}'
     program = f'from moe.sweep import backends; backends.JOIN_S = 2.0; backends.Ray({address!r})'
