@@ -134,20 +134,32 @@ def pareto(results: Results) -> Figure | None:
 
 
 def quality(results: Results) -> Figure | None:
-  """Difference of each variant's validation loss to the baseline's: every seed, the mean, and its 95% interval."""
+  """Difference of each variant's validation loss to the baseline's: every seed, the mean, and its 95% interval.
+
+  Where variants have other numbers of seeds, intervals of fewer than the most may leave the picture: those of two seeds
+  are a dozen times as wide as the seeds differ.
+  """
   gaps = {variant: gap for variant, gap in results.against_baseline('val_loss').items() if gap}
   if not gaps:
     return None
   figure, axes = _by_variant(gaps, 'validation loss - that of ' + results.baseline + ', nats per token')
   axes.axvline(0, color=BASE_COLOR, linewidth=1.2)
+  most = max(gap.seeds for gap in gaps.values())
+  inside = []
   for row, (variant, gap) in enumerate(gaps.items()):
     style = _style(results, variant)
+    differences = np.subtract(*results.pairs(variant, 'val_loss')[::-1])
+    inside.extend(differences)
     if gap.low is not None:
       axes.plot([gap.low, gap.high], [row, row], color=style['color'], linewidth=2)
+      if gap.seeds == most:
+        inside.extend((gap.low, gap.high))
     if gap.seeds > 1:
-      base, other = results.pairs(variant, 'val_loss')
-      axes.plot(np.subtract(other, base), [row] * gap.seeds, '|', color=style['color'], markersize=9)
+      axes.plot(differences, [row] * gap.seeds, '|', color=style['color'], markersize=9)
     axes.plot(gap.mean, row, markersize=8, **style)
+  if np.ptp([0, *inside]):
+    margin = 0.05 * np.ptp([0, *inside])
+    axes.set_xlim(min(0, *inside) - margin, max(0, *inside) + margin)
   return figure
 
 

@@ -93,7 +93,7 @@ _PARETO = (
 _SIGNIFICANCE = (
   'Paired over seeds: both runs of a pair had the same initial weights and batches. Marks are seeds, bars the 95% '
   'interval of the mean by Student’s t, for one variant by itself; p is that of the paired t-test after Holm’s '
-  'correction for all variants. One seed: no test.'
+  'correction for all variants. One seed: no test. A bar that leaves the picture is of fewer seeds than the others.'
 )
 _COST = (
   'A model, not a measurement: experts spread over so many devices, the slowest of which decides each layer; loads of '

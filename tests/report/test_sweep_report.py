@@ -250,6 +250,20 @@ def test_only_variants_with_the_most_seeds_are_ranked(sweep):
   assert {'sign, 3 seeds', 'none, 1 seed'} < set(labels)
 
 
+def test_intervals_of_few_seeds_do_not_hide_the_others(sweep):
+  """The picture holds all marks and the intervals of three seeds; that of two seeds leaves it on both sides."""
+  shutil.rmtree(sweep / 'none,seed=2')
+  change_rows(sweep / 'none,seed=1' / 'evals.jsonl', lambda row: row | {'val_loss': row['val_loss'] + 0.1})
+  results = load_results(sweep)
+  left, right = sweep_figures.quality(results).axes[0].get_xlim()
+  found = results.against_baseline('val_loss')
+  few = found.pop('none')
+  assert few.low < left < min(0, *(gap.low for gap in found.values()))
+  base, other = results.pairs('none', 'val_loss')
+  assert max(gap.high for gap in found.values()) < right
+  assert max(np.subtract(other, base)) < right < few.high
+
+
 def test_a_run_whose_loss_is_not_a_number_is_left_out(sweep):
   for variant in ('sign', 'none'):
     change_rows(sweep / f'{variant},seed=1' / 'evals.jsonl', lambda row: row | {'val_loss': math.nan})
