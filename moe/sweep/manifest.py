@@ -81,8 +81,10 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
   """
   if folder.exists() and not folder.is_dir():
     raise UserError(f'workdir {folder} is a file; choose a folder')
-  if folder.exists() and not (folder / FILE).exists() and any(file.name != LOCK for file in folder.iterdir()):
-    raise UserError(f'workdir {folder} holds files but no {FILE}, so it is not of a sweep; choose another --workdir')
+  foreign = UserError(f'workdir {folder} holds files but no {FILE}, so it is not of a sweep; choose another --workdir')
+  names = {file.name for file in folder.iterdir()} if folder.exists() else set()
+  if names and not names & {FILE, LOCK}:  # with the lock and no sweep.json, another command may be writing it just now
+    raise foreign
   try:
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open('a')
@@ -92,6 +94,8 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
     fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that add to the folder take turns
     if (folder / FILE).exists():
       sweep = _merge(folder, read(folder), sweep)
+    elif any(file.name != LOCK for file in folder.iterdir()):
+      raise foreign
     _write(folder, sweep)
   return sweep
 

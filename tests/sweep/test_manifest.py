@@ -63,6 +63,24 @@ def test_two_commands_that_add_to_a_folder_lose_nothing(tmp_path, monkeypatch):
   assert read(tmp_path).seeds == (0, 1, 2)
 
 
+def test_two_commands_that_start_in_a_new_folder_lose_nothing(tmp_path, monkeypatch):
+  """The first is in the middle of writing sweep.json when the second comes."""
+  write, second = manifest._write, threading.Thread(target=manifest.open_folder, args=(tmp_path, sweep(seeds=(2,))))
+
+  def slow_write(folder, added):
+    if threading.current_thread() is not second:
+      (folder / 'sweep.json.half').write_text('{')
+      second.start()
+      second.join(0.5)
+      (folder / 'sweep.json.half').unlink()
+    write(folder, added)
+
+  monkeypatch.setattr(manifest, '_write', slow_write)
+  manifest.open_folder(tmp_path, sweep(seeds=(1,)))
+  second.join()
+  assert manifest.read(tmp_path).seeds == (1, 2)
+
+
 @pytest.mark.parametrize(
   ('other', 'message'),
   [
