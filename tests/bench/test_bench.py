@@ -147,10 +147,12 @@ def test_contenders_of_a_step_are_processes_of_their_own(small):
 
 @pytest.fixture
 def generation(monkeypatch):
-  """A model to generate with, of widths that MXFP4 can have, and short prompts."""
+  """A model to generate with, of widths that MXFP4 can have, short prompts and a short array to time memory by."""
+  measure_memory = generate.memory_bytes_per_s
   monkeypatch.setattr(generate, 'PROMPT', 6)
   monkeypatch.setattr(generate, 'NEW', 4)
   monkeypatch.setattr(generate, 'BATCHES', (2,))
+  monkeypatch.setattr(generate, 'memory_bytes_per_s', lambda _: measure_memory(2**16))
   model = ModelConfig(
     vocab_size=50, d_model=32, num_layers=2, d_ff=32, d_expert=32, num_experts=4, top_k=2, num_heads=2, mtp_depth=0
   )
