@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from test_step_mesh import CONFIG, QUICK, SMALL, Run, change, documents, leaves, relative, start
+from test_step_mesh import CONFIG, SMALL, Run, change, documents, leaves, relative, start
 
 from moe import state, step
 from moe.errors import UserError
@@ -33,7 +33,7 @@ def evaluate(mesh_of):
   rows = {key: value[None] for key, value in documents(STEP).items()}
   old = state.abstract(STEP)
   lowered = step.make_eval_step(STEP, mesh_of()).lower(old.params, old.balance['bias_LE'], rows)
-  compiled = lowered.compile(compiler_options=QUICK)
+  compiled = lowered.compile()
 
   def evaluate(old, batch):
     batch = jax.device_put(

@@ -13,11 +13,6 @@ from jax.sharding import NamedSharding
 from moe import state, step
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig
 
-# Compiling is most of the tests' time; this halves it and leaves the program's arithmetic and collectives alone.
-QUICK = {'xla_backend_optimization_level': 0}
-if jax.__version_info__ < (0, 11):  # later versions have no such option
-  QUICK['xla_cpu_use_fusion_emitters'] = False
-
 # Everything V3 has, split unevenly enough to tell the axes apart.
 MODEL = ModelConfig(
   vocab_size=50,
@@ -107,7 +102,7 @@ class Run:
     shape = (micro, config.train.batch_size // micro, config.data.seq_len + 1)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ('token_BS', 'segment_BS')}
     lowered = step.make_train_step(self.config, mesh).lower(state.abstract(config), batch)
-    self.compiled = lowered.compile(compiler_options=QUICK)
+    self.compiled = lowered.compile()
     self.state = self.place(start(config))
 
   def place(self, values):
