@@ -1,4 +1,4 @@
-"""Differences between variants that were run with the same seeds, and how sure they are."""
+"""Differences between variants that were run with the same seeds, or partly the same, and how sure they are."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+TINY = 1e-9  # singular values below are rounding
 
 
 class Difference(NamedTuple):
@@ -36,6 +37,48 @@ def difference(base: Sequence[float], other: Sequence[float]) -> Difference | No
     return Difference(n, mean, mean, mean, float(mean == 0))
   half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
   return Difference(n, mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)))
+
+
+class Adjusted(NamedTuple):
+  """A variant's mean as if it had been run with every seed, and how far it is above the base's.
+
+  `gap` is None where no chain of variants and seeds joins the variant to the base; `error`, its standard error, there,
+  and where no run is left to tell the noise by.
+  """
+
+  mean: float
+  gap: float | None
+  error: float | None
+
+
+def adjusted(base: str, variants: Sequence[str], seeds: Sequence[int], values: Sequence[float]) -> dict[str, Adjusted]:
+  """Means adjusted for seeds: least squares of value = variant + seed + noise over all runs, an entry each.
+
+  The batches of a seed are good or bad for all variants, so that plain means over other seeds cannot be compared. Where
+  all variants have the same seeds, the adjusted means are the plain ones. The noise is taken to be as large in all.
+  """
+  names = list(dict.fromkeys(variants))
+  value_R = np.array(values, np.float64)
+  variant_RV, seed_RS = (np.equal.outer(own, list(dict.fromkeys(own))).astype(float) for own in (variants, seeds))
+  mean_VR = (variant_RV / variant_RV.sum(0)).T
+  identity_RR = np.eye(len(value_R))
+  within_RS = seed_RS - variant_RV @ mean_VR @ seed_RS
+  effect_SR = np.linalg.pinv(within_RS, rcond=TINY)
+  adjusted_VR = mean_VR @ (identity_RR - seed_RS @ effect_SR)
+  mean_V = adjusted_VR @ value_R
+  noise_R = (identity_RR - variant_RV @ adjusted_VR - seed_RS @ effect_SR) @ value_R
+  freedom = len(value_R) - len(names) - np.linalg.matrix_rank(within_RS, tol=TINY)
+  std = float(noise_R @ noise_R / freedom) ** 0.5 if freedom else None
+  found = {}
+  for v, name in enumerate(names):
+    gap = error = None
+    if base in names:
+      weight_R = adjusted_VR[v] - adjusted_VR[names.index(base)]
+      if np.allclose(weight_R @ seed_RS, 0):  # what is common to the runs of a seed cancels
+        gap = float(weight_R @ value_R)
+        error = None if std is None else std * float(np.linalg.norm(weight_R))
+    found[name] = Adjusted(float(mean_V[v]), gap, error)
+  return found
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe.errors import UserError
 from moe.report import imbalance
-from moe.report.paired import Difference, difference, holm
+from moe.report.paired import Adjusted, Difference, adjusted, difference, holm
 from moe.report.run import Run, load_run, summarize
 from moe.sweep import jobs, manifest
 
@@ -91,6 +91,12 @@ class Results:
     if not values:
       return None
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+  def adjusted(self, key: str) -> dict[str, Adjusted]:
+    """By variant, the mean of a value over finished runs, adjusted for seeds, and its gap to the baseline's."""
+    found = [m for variant in self.variants for m in self.of(variant) if m.values[key] is not None]
+    columns = ([m.variant for m in found], [m.seed for m in found], [m.values[key] for m in found])
+    return adjusted(self.baseline, *columns) if found else {}
 
   def pairs(self, variant: str, key: str) -> tuple[list[float], list[float]]:
     """(the baseline's values, the variant's) of the seeds for which both are finished and have the value."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe.files import write_atomically
 from moe.report import figures, sweep_figures, sweep_html
-from moe.report.paired import Difference
+from moe.report.paired import Adjusted, Difference
 from moe.report.results import Results, Spread, load_results, metric_names
 
 PICTURES = {'pareto.png': sweep_figures.pareto, 'max_vio.png': sweep_figures.max_vio}
@@ -33,9 +33,9 @@ def write_sweep_report(path: pathlib.Path) -> str:
 
 
 def table_rows(results: Results) -> list[dict[str, Any]]:
-  """One row per variant: mean and standard deviation of every metric over the finished seeds."""
+  """One row per variant: mean and standard deviation of every metric over finished seeds; its loss against others'."""
   rows = []
-  against = results.against_baseline('val_loss')
+  against, adjusted = results.against_baseline('val_loss'), results.adjusted('val_loss')
   for variant in results.variants:
     row = {'variant': variant, 'finished_seeds': len(results.of(variant))}
     for key, _, _ in metric_names(results):
@@ -43,6 +43,7 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
       row |= {f'{key}_mean': spread.mean, f'{key}_std': spread.std}
     gap = against.get(variant)
     row |= {f'val_loss_difference_{name}': getattr(gap, name, None) for name in Difference._fields}
+    row |= {f'val_loss_adjusted_{name}': getattr(adjusted.get(variant), name, None) for name in Adjusted._fields}
     rows.append(row)
   return rows
 

@@ -106,12 +106,16 @@ def heat_maps(results: Results) -> Figure | None:
 
 
 def pareto(results: Results) -> Figure | None:
-  """Validation perplexity against MaxVio_global, as in figure 2 of arXiv 2408.15664; below and left is better."""
+  """Validation perplexity against MaxVio_global, as in figure 2 of arXiv 2408.15664; below and left is better.
+
+  The perplexities are adjusted for seeds.
+  """
   points = {}
+  adjusted = results.adjusted('val_perplexity')
   for variant in results.variants:
     x, y = results.spread(variant, 'max_vio_global'), results.spread(variant, 'val_perplexity')
     if x and y and x.mean > 0:
-      points[variant] = (x, y)
+      points[variant] = (x, y._replace(mean=adjusted[variant].mean))
   if not points:
     return None
   figure, axes = panel('validation perplexity', 4.6, WIDTH_IN)

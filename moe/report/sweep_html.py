@@ -5,6 +5,7 @@ from html import escape
 
 from moe.report import imbalance, sweep_figures
 from moe.report.document import details, document, image, section
+from moe.report.paired import Adjusted
 from moe.report.results import Results, Spread, metric_names, unfair
 
 SIGNIFICANT = 0.05
@@ -79,6 +80,13 @@ def spread_text(spread: Spread | None) -> str:
   return f'{spread.mean:.{digits}f} ± {spread.std:.{digits}f}'
 
 
+def adjusted_text(adjusted: Adjusted) -> str:
+  """'+0.0123 ± 0.0045': the gap to the baseline and its standard error; '–' for what is not known."""
+  if adjusted.gap is None:
+    return '–'
+  return f'{adjusted.gap:+.4f}' + ('' if adjusted.error is None else f' ± {adjusted.error:.4f}')
+
+
 _RESULTS = (
   'Mean over the finished seeds ± standard deviation; bold: best of a column, of the variants with the most seeds. '
   '"Speed on N" is modelled: training on N devices that share the experts, relative to even loads (see below). Balance '
@@ -86,14 +94,16 @@ _RESULTS = (
   'when balanced. Tokens/s are as measured, less where runs shared a machine.'
 )
 _PARETO = (
-  'Each point a variant, bars the standard deviation over seeds; below and left is better. Points of other numbers of '
-  'seeds differ by chance, too. A line joins variants that differ in the weight of their auxiliary loss only. Dotted: '
-  'no other variant is better in both.'
+  'Each point a variant, bars the standard deviation over seeds; below and left is better. Perplexities are adjusted '
+  'for seeds, as if each had all. A line joins variants that differ in the weight of their auxiliary loss only. '
+  'Dotted: no other variant is better in both.'
 )
 _SIGNIFICANCE = (
-  'Paired over seeds: both runs of a pair had the same initial weights and batches. Marks are seeds, bars the 95% '
+  'Both runs of a pair had the same seed, thus the same initial weights and batches. Marks are seeds, bars the 95% '
   'interval of the mean by Student’s t, for one variant by itself; p is that of the paired t-test after Holm’s '
-  'correction for all variants. One seed: no test. A bar that leaves the picture is of fewer seeds than the others.'
+  'correction for all variants. One seed: no test. A bar that leaves the picture is of fewer seeds than the others. '
+  'Adjusted, ± standard error: by the least squares of loss = variant + seed + noise over all runs, also those without '
+  'a pair.'
 )
 _COST = (
   'A model, not a measurement: experts spread over so many devices, the slowest of which decides each layer; loads of '
@@ -159,19 +169,22 @@ def _cell(spread, is_best, key):
 def _differences(results):
   rows = []
   losses, vios = (results.against_baseline(key) for key in ('val_loss', 'max_vio_global'))
+  adjusted = results.adjusted('val_loss')
   for variant, gap in losses.items():
     if gap and (vio := vios[variant]):
       rows.append(
         f'<tr><th scope="row">{escape(variant)}</th><td class="number">{gap.seeds}</td>'
-        f'{_gap_cells(gap)}{_gap_cells(vio)}</tr>'
+        f'<td class="number">{adjusted_text(adjusted[variant])}</td>{_gap_cells(gap)}{_gap_cells(vio)}</tr>'
       )
   if not rows:
     return ''
   head = ''.join(f'<th scope="col">{name}</th>' for name in ('difference', '95% interval', 'p') * 2)
   return (
     '<div class="card wide"><table class="matrix">\n<tr><td></td><td></td>'
-    '<th scope="colgroup" colspan="3">validation loss</th><th scope="colgroup" colspan="3">MaxVio_global</th></tr>\n'
-    f'<tr><th scope="col">variant</th><th scope="col">seeds</th>{head}</tr>\n' + '\n'.join(rows) + '\n</table></div>\n'
+    '<th scope="colgroup" colspan="4">validation loss</th><th scope="colgroup" colspan="3">MaxVio_global</th></tr>\n'
+    f'<tr><th scope="col">variant</th><th scope="col">seeds</th><th scope="col">adjusted</th>{head}</tr>\n'
+    + '\n'.join(rows)
+    + '\n</table></div>\n'
   )
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 
 from moe.balance import metrics
 from moe.errors import UserError
-from moe.report import imbalance, paired, sweep_figures, sweep_html
+from moe.report import imbalance, sweep_figures, sweep_html
 from moe.report.document import image
 from moe.report.results import Spread, load_results, unfair
 from moe.report.run import load_run
@@ -86,25 +86,6 @@ def test_differences_are_paired_over_seeds(whole):
     p_values.append(expected.pvalue)
   smallest = min(p_values)
   assert min(gap.p for gap in found.values()) == pytest.approx(3 * smallest)  # Holm: the smallest of three
-
-
-def test_paired_by_hand():
-  gap = paired.difference([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])  # differences 1, 2, 3
-  assert gap.mean == 2
-  half = 4.302652729911275 / math.sqrt(3)  # t of 2 degrees of freedom at 97.5%
-  assert (gap.low, gap.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
-  t = 2 * math.sqrt(3)
-  assert gap.p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # closed form for 2 degrees of freedom
-  assert paired.difference([1.0], [1.5]) == (1, 0.5, None, None, None)
-  assert paired.difference([], []) is None
-  assert paired.difference([1.0, 2.0], [1.0, 2.0]).p == 1
-  assert paired.difference([1.0, 2.0], [2.0, 3.0]) == (2, 1, 1, 1, 0)
-
-
-def test_holm_by_hand():
-  # Sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2 (raised to the one before), 0.9 * 1.
-  assert paired.holm([0.03, None, 0.01, 0.9, 0.02]) == pytest.approx([0.06, None, 0.04, 0.9, 0.06])
-  assert paired.holm([0.7, 0.6]) == [1, 1]
 
 
 def test_step_time_by_hand(monkeypatch):
@@ -248,6 +229,29 @@ def test_only_variants_with_the_most_seeds_are_ranked(sweep):
   assert sweep_html.verdict(results).endswith('(of the 3 variants with 3 seeds).')
   labels = sweep_figures.pareto(results).axes[0].get_legend_handles_labels()[1]
   assert {'sign, 3 seeds', 'none, 1 seed'} < set(labels)
+
+
+def test_a_variant_with_one_bad_seed_is_not_worse_for_it(sweep):
+  """Seed 1 is worse by 0.5 for all; 'none' has that seed only, and is still the best, as it is with three."""
+  for variant in fake_sweep.VARIANTS:
+    worse = lambda row: row | {key: row[key] + 0.5 for key in ('val_loss', 'val_perplexity')}
+    change_rows(sweep / f'{variant},seed=1' / 'evals.jsonl', worse)
+  before = load_results(sweep).adjusted('val_loss')
+  for seed in (0, 2):
+    shutil.rmtree(sweep / f'none,seed={seed}')
+  results = load_results(sweep)
+  after = results.adjusted('val_loss')
+  assert results.spread('none', 'val_loss').mean > results.spread('switch_0.01', 'val_loss').mean + 0.2
+  assert after['none'].mean == pytest.approx(before['none'].mean, abs=0.003)  # what is the run's own is 0.001
+  assert after['none'].gap == pytest.approx(-0.01, abs=0.003)
+  heights = {
+    line.get_label(): line.lines[0].get_ydata()[0] for line in sweep_figures.pareto(results).axes[0].containers
+  }
+  assert min(heights, key=heights.get) == 'none, 1 seed'
+  write_sweep_report(sweep)
+  table = {row['variant']: row for row in rows(sweep / 'table.csv')}
+  assert float(table['none']['val_loss_adjusted_gap']) == after['none'].gap
+  assert sweep_html.adjusted_text(after['none']) in (sweep / 'report.html').read_text()
 
 
 def test_intervals_of_few_seeds_do_not_hide_the_others(sweep):
