@@ -58,26 +58,25 @@ def adjusted(base: str, variants: Sequence[str], seeds: Sequence[int], values: S
   all variants have the same seeds, the adjusted means are the plain ones. The noise is taken to be as large in all.
   """
   names = list(dict.fromkeys(variants))
-  value_R = np.array(values, np.float64)
-  variant_RV, seed_RS = (np.equal.outer(own, list(dict.fromkeys(own))).astype(float) for own in (variants, seeds))
-  mean_VR = (variant_RV / variant_RV.sum(0)).T
-  identity_RR = np.eye(len(value_R))
-  within_RS = seed_RS - variant_RV @ mean_VR @ seed_RS
-  effect_SR = np.linalg.pinv(within_RS, rcond=TINY)
-  adjusted_VR = mean_VR @ (identity_RR - seed_RS @ effect_SR)
-  mean_V = adjusted_VR @ value_R
-  noise_R = (identity_RR - variant_RV @ adjusted_VR - seed_RS @ effect_SR) @ value_R
-  freedom = len(value_R) - len(names) - np.linalg.matrix_rank(within_RS, tol=TINY)
-  std = float(noise_R @ noise_R / freedom) ** 0.5 if freedom else None
+  value = np.array(values, np.float64)
+  of_variant, of_seed = (np.equal.outer(own, list(dict.fromkeys(own))).astype(float) for own in (variants, seeds))
+  to_means = (of_variant / of_variant.sum(0)).T
+  within = of_seed - of_variant @ to_means @ of_seed
+  to_effects = np.linalg.pinv(within, rcond=TINY)
+  to_adjusted = to_means - to_means @ of_seed @ to_effects
+  mean = to_adjusted @ value
+  noise = value - of_variant @ mean - of_seed @ (to_effects @ value)
+  freedom = len(value) - len(names) - np.linalg.matrix_rank(within, tol=TINY)
+  std = float(noise @ noise / freedom) ** 0.5 if freedom else None
   found = {}
-  for v, name in enumerate(names):
+  for i, name in enumerate(names):
     gap = error = None
     if base in names:
-      weight_R = adjusted_VR[v] - adjusted_VR[names.index(base)]
-      if np.allclose(weight_R @ seed_RS, 0):  # what is common to the runs of a seed cancels
-        gap = float(weight_R @ value_R)
-        error = None if std is None else std * float(np.linalg.norm(weight_R))
-    found[name] = Adjusted(float(mean_V[v]), gap, error)
+      to_gap = to_adjusted[i] - to_adjusted[names.index(base)]
+      if np.allclose(to_gap @ of_seed, 0):  # what is common to the runs of a seed cancels
+        gap = float(to_gap @ value)
+        error = None if std is None else std * float(np.linalg.norm(to_gap))
+    found[name] = Adjusted(float(mean[i]), gap, error)
   return found
 
 

@@ -70,6 +70,10 @@ class Results:
     """Finished runs of a variant, by seed."""
     return [m for m in self.members if m.variant == variant and m.finished]
 
+  def having(self, variant: str, key: str) -> list[Member]:
+    """Finished runs of a variant that have a value, by seed."""
+    return [m for m in self.of(variant) if m.values[key] is not None]
+
   def shown(self, variant: str) -> list[Member]:
     """Runs whose curves are drawn: the finished ones, or as long as there are none, what there is; by seed."""
     return self.of(variant) or [m for m in self.members if m.variant == variant]
@@ -87,21 +91,21 @@ class Results:
 
   def spread(self, variant: str, key: str) -> Spread | None:
     """Of a value over the finished runs of a variant that have it; None if none has."""
-    values = [m.values[key] for m in self.of(variant) if m.values[key] is not None]
+    values = [m.values[key] for m in self.having(variant, key)]
     if not values:
       return None
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
   def adjusted(self, key: str) -> dict[str, Adjusted]:
     """By variant, the mean of a value over finished runs, adjusted for seeds, and its gap to the baseline's."""
-    found = [m for variant in self.variants for m in self.of(variant) if m.values[key] is not None]
+    found = [m for variant in self.variants for m in self.having(variant, key)]
     columns = ([m.variant for m in found], [m.seed for m in found], [m.values[key] for m in found])
     return adjusted(self.baseline, *columns) if found else {}
 
   def pairs(self, variant: str, key: str) -> tuple[list[float], list[float]]:
     """(the baseline's values, the variant's) of the seeds for which both are finished and have the value."""
-    base = {m.seed: m.values[key] for m in self.of(self.baseline) if m.values[key] is not None}
-    common = [m for m in self.of(variant) if m.seed in base and m.values[key] is not None]
+    base = {m.seed: m.values[key] for m in self.having(self.baseline, key)}
+    common = [m for m in self.having(variant, key) if m.seed in base]
     return [base[m.seed] for m in common], [m.values[key] for m in common]
 
   def against_baseline(self, key: str) -> dict[str, Difference | None]:

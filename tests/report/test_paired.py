@@ -23,30 +23,32 @@ def test_paired_by_hand():
 
 def test_adjusted_means_of_equal_seeds_are_the_means():
   """With the closed forms of a two-way analysis of variance."""
-  value_VS = np.random.default_rng(0).normal(size=(3, 4))
+  values = np.random.default_rng(0).normal(size=(3, 4))
   runs = [(v, s) for v in range(3) for s in range(4)]
-  found = paired.adjusted('a', ['abc'[v] for v, _ in runs], [s for _, s in runs], [value_VS[run] for run in runs])
-  noise_VS = value_VS - value_VS.mean(1, keepdims=True) - value_VS.mean(0) + value_VS.mean()
-  error = math.sqrt((noise_VS**2).sum() / (2 * 3) * 2 / 4)
-  assert [mean for mean, _, _ in found.values()] == pytest.approx(value_VS.mean(1))
-  assert [gap for _, gap, _ in found.values()] == pytest.approx(value_VS.mean(1) - value_VS[0].mean())
+  found = paired.adjusted('a', ['abc'[v] for v, _ in runs], [s for _, s in runs], [values[run] for run in runs])
+  noise = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+  error = math.sqrt((noise**2).sum() / (2 * 3) * 2 / 4)
+  assert [mean for mean, _, _ in found.values()] == pytest.approx(values.mean(1))
+  assert [gap for _, gap, _ in found.values()] == pytest.approx(values.mean(1) - values[0].mean())
   assert [error for _, _, error in found.values()] == pytest.approx([0, error, error])
 
 
 def test_adjusted_means_are_those_of_a_regression():
   """Of variants with other numbers of seeds, by the covariance that textbooks have; b and d share no seed."""
   runs = [*(('a', s) for s in range(5)), ('b', 0), ('b', 1), ('c', 3), ('c', 1), ('c', 2), ('d', 4)]
-  value_R = np.random.default_rng(1).normal(size=len(runs)) + [10 * s for _, s in runs]
-  found = paired.adjusted('b', *zip(*runs, strict=True), value_R)
+  values = np.random.default_rng(1).normal(size=len(runs)) + [10 * s for _, s in runs]
+  found = paired.adjusted('b', *zip(*runs, strict=True), values)
   # Columns: the mean of a over all seeds, how far b, c and d are above a, and seeds 1 to 4 above the mean of all.
-  x_RP = np.array([[1.0, *(v == name for name in 'bcd'), *((s == i) - (s == 0) for i in range(1, 5))] for v, s in runs])
-  beta_P, (squares,), _, _ = np.linalg.lstsq(x_RP, value_R)
-  covariance_PP = np.linalg.inv(x_RP.T @ x_RP) * squares / (len(runs) - 8)
-  a_to_b_P, c_to_b_P = np.array([0, -1, 0, 0, 0, 0, 0, 0]), np.array([0, -1, 1, 0, 0, 0, 0, 0])
-  assert [found[v].mean for v in 'abcd'] == pytest.approx(beta_P[0] + np.array([0, *beta_P[1:4]]))
-  for name, contrast_P in (('a', a_to_b_P), ('c', c_to_b_P)):
-    error = math.sqrt(contrast_P @ covariance_PP @ contrast_P)
-    assert found[name][1:] == (pytest.approx(contrast_P @ beta_P), pytest.approx(error))
+  design = np.array(
+    [[1.0, *(v == name for name in 'bcd'), *((s == i) - (s == 0) for i in range(1, 5))] for v, s in runs]
+  )
+  fitted, (squares,), _, _ = np.linalg.lstsq(design, values)
+  covariance = np.linalg.inv(design.T @ design) * squares / (len(runs) - 8)
+  a_above_b, c_above_b = np.array([0, -1, 0, 0, 0, 0, 0, 0]), np.array([0, -1, 1, 0, 0, 0, 0, 0])
+  assert [found[v].mean for v in 'abcd'] == pytest.approx(fitted[0] + np.array([0, *fitted[1:4]]))
+  for name, contrast in (('a', a_above_b), ('c', c_above_b)):
+    error = math.sqrt(contrast @ covariance @ contrast)
+    assert found[name][1:] == (pytest.approx(contrast @ fitted), pytest.approx(error))
   assert found['b'][1:] == (0, 0)
 
 
