@@ -1,12 +1,19 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and never believed: whatever reads JSON that this process did not just write
+does so here, so that a file which a disk, a power failure or an editor damaged is one line for the user.
+"""
 
 import contextlib
+import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from moe.errors import UserError
+
+MAX_JSON_BYTES = 1 << 28  # parsed, JSON takes some ten times its size
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -28,3 +35,66 @@ def replacing(path: Path) -> Iterator[Path]:
       temporary.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(f'cannot write {str(path)!r}: {error.strerror}') from error
+
+
+def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
+  """Contents of a regular file: pipes and devices, which may never end, are refused before they are opened.
+
+  Args:
+    most_bytes: larger files are refused; None: any size.
+
+  Raises:
+    UserError: missing, unreadable, not a regular file, or too large.
+  """
+  try:
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+      kind = 'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or device'
+      raise UserError(f'cannot read {str(path)!r}: it is {kind}, not a file')
+    if most_bytes is not None and found.st_size > most_bytes:
+      raise UserError(f'{str(path)!r} has {found.st_size:,} bytes; at most {most_bytes:,} are read')
+    return Path(path).read_bytes()
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    raise UserError(f'cannot read {str(path)!r}: {getattr(error, "strerror", None) or error}') from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The JSON object in a file. Raises UserError: as `read_bytes`, or no JSON object."""
+  return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
+
+
+def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
+  """The JSON object that `text` spells. Raises UserError, which begins with `where`, if it spells none."""
+  try:
+    value = json.loads(text)
+  except RecursionError as error:
+    raise UserError(f'{where} is no valid JSON: it is nested too deeply') from error
+  except ValueError as error:  # UnicodeDecodeError and numbers of thousands of digits, too
+    raise UserError(f'{where} is no valid JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{where} holds no JSON object, but {type(value).__name__}')
+  return value
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+  """Rows of a .jsonl file of a run, each with an int 'step'; [] if there is no such file.
+
+  A last line without an end was cut off while being written, and is left out. Where a resumed run logged steps again,
+  the later rows replace the earlier ones from that step on.
+
+  Raises:
+    UserError: naming the line that is no JSON object or has no int 'step' of at least 0.
+  """
+  if not os.path.lexists(path):
+    return []
+  *lines, _ = read_bytes(path).split(b'\n')
+  rows = []
+  for number, line in enumerate(lines, 1):
+    row = parse_json(line, f'{path} line {number}')
+    step = row.get('step')
+    if type(step) is not int or step < 0:
+      raise UserError(f'{path} line {number} has step {step!r}; it must be a number of steps')
+    while rows and rows[-1]['step'] >= step:
+      rows.pop()
+    rows.append(row)
+  return rows

@@ -1,0 +1,67 @@
+"""Files that other hands wrote: each kind of damage is one line that names the file."""
+
+import os
+
+import pytest
+
+from moe.errors import UserError
+from moe.files import MAX_JSON_BYTES, read_bytes, read_json, read_rows
+
+
+def test_reads_what_is_there(tmp_path):
+  file = tmp_path / 'a.json'
+  file.write_text('{"a": [1, 2]}')
+  assert read_json(file) == {'a': [1, 2]}
+  assert read_bytes(file, 13) == b'{"a": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+  ('text', 'why'),
+  [
+    (b'', 'no valid JSON'),
+    (b'{"a": 1', 'no valid JSON'),
+    (b'\0' * 64, 'no valid JSON'),
+    (b'\xff\xfe{}', 'no valid JSON'),
+    (b'[1]', 'no JSON object, but list'),
+    (b'[' * 100_000, 'nested too deeply'),
+    (b'{"a":' * 100_000, 'nested too deeply'),
+    (b'{"a": ' + b'1' * 5000 + b'}', 'no valid JSON'),
+  ],
+)
+def test_damaged_json_is_named(tmp_path, text, why):
+  file = tmp_path / 'a.json'
+  file.write_bytes(text)
+  with pytest.raises(UserError, match=why) as caught:
+    read_json(file)
+  assert str(file) in str(caught.value)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  with (tmp_path / 'huge').open('wb') as huge:
+    huge.truncate(MAX_JSON_BYTES + 1)  # takes no room on the disk
+  for path, why in (
+    (tmp_path / 'pipe', 'a pipe or device'),
+    (tmp_path, 'a folder'),
+    (tmp_path / 'huge', 'at most'),
+    (tmp_path / 'missing', 'No such file'),
+    (tmp_path / ('x' * 300), 'File name too long'),
+    (tmp_path / 'nul\0', 'null byte'),
+  ):
+    with pytest.raises(UserError, match=why):
+      read_json(path)
+
+
+def test_rows_of_a_run(tmp_path):
+  file = tmp_path / 'rows.jsonl'
+  assert read_rows(file) == []
+  file.write_bytes(b'{"step": 1}\n{"step": 2, "a": 1}\n{"step": 3}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
+  assert read_rows(file) == [{'step': 1}, {'step': 2, 'a': 2}]
+
+
+@pytest.mark.parametrize('line', [b'\0\0\0', b'[1]', b'{}', b'{"step": "2"}', b'{"step": -1}', b'{"step": true}', b''])
+def test_a_damaged_row_is_named(tmp_path, line):
+  file = tmp_path / 'rows.jsonl'
+  file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+  with pytest.raises(UserError, match='line 2'):
+    read_rows(file)
