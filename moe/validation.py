@@ -116,11 +116,15 @@ def _validate_balance(config: 'Config'):
   one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
   one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
   _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
-  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta')
+  _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta quantile_ema')
   _require(
     balance.gamma_off_fraction + balance.gamma_decay_fraction <= 1,
     f'config balance.gamma_off_fraction = {balance.gamma_off_fraction} and balance.gamma_decay_fraction = '
     f'{balance.gamma_decay_fraction} must be at most 1 together: they follow each other',
+  )
+  _require(
+    balance.quantile_ema < 1,
+    f'config balance.quantile_ema = {balance.quantile_ema} must be below 1, or the bias would never move',
   )
   if balance.bias_rule == 'quantile':
     _require(

@@ -75,6 +75,12 @@ def scope() -> list[Variant]:
   )
 
 
+def quantile() -> list[Variant]:
+  """The quantile rule with more and more of the old bias kept at each step, against the sign rule."""
+  kept = {f'quantile_ema={ema}': bias('quantile') | {'balance.quantile_ema': ema} for ema in (0.0, 0.9, 0.99)}
+  return named({'sign': bias('sign')} | kept)
+
+
 def gate() -> list[Variant]:
   """Both scores of the router, with each way to balance (arXiv 2408.15664 compares them under both)."""
   return product(
@@ -98,7 +104,15 @@ def fp8() -> list[Variant]:
   return named({'bf16': bf16} | {f'fp8_{name}': bf16 | {'precision.fp8': policy} for name, policy in modules.items()})
 
 
-SWEEPS = {'balance': balance, 'gamma': gamma, 'scope': scope, 'gate': gate, 'capacity': capacity, 'fp8': fp8}
+SWEEPS = {
+  'balance': balance,
+  'gamma': gamma,
+  'quantile': quantile,
+  'scope': scope,
+  'gate': gate,
+  'capacity': capacity,
+  'fp8': fp8,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- scales

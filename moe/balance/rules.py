@@ -38,7 +38,8 @@ def update(state: dict, load_LE: jax.Array, margins: jax.Array, gamma: jax.Array
   if balance.bias_rule == 'none':
     return state
   if balance.bias_rule == 'quantile':
-    proposal_LE = _quantile_bias(load_LE, margins)
+    kept = balance.quantile_ema
+    proposal_LE = kept * bias_LE + (1 - kept) * _quantile_bias(load_LE, margins)
     return {'bias_LE': jnp.where((gamma > 0) & (load_LE.sum(-1, keepdims=True) > 0), proposal_LE, bias_LE)}
   gap_LE = _gap(load_LE)
   if balance.bias_rule == 'smebu':

@@ -182,6 +182,16 @@ def test_quantile_bias_is_the_quantile():
   np.testing.assert_allclose(bias.sum(), 0, atol=1e-6)
 
 
+def test_quantile_ema_goes_part_of_the_way():
+  """A share of the way to what the rule proposes, from wherever the bias is; all of it by default."""
+  scores = skewed_scores()
+  start = {'bias_LE': jnp.asarray(np.linspace(-0.1, 0.1, E, dtype=np.float32)[None])}
+  margins, load_LE = margins_of(scores, start['bias_LE'][0])[None], choose(scores)
+  whole = np.asarray(step('quantile', load_LE, start, 0.1, margins)['bias_LE'], np.float64)
+  part = step('quantile', load_LE, start, 0.1, margins, quantile_ema=0.75)['bias_LE']
+  np.testing.assert_allclose(part, 0.75 * np.asarray(start['bias_LE'], np.float64) + 0.25 * whole, rtol=1e-5, atol=1e-8)
+
+
 def test_quantile_evens_out_the_same_tokens():
   scores = skewed_scores()
   state, violations = None, [oracle.max_vio(choose(scores)[0])]

@@ -159,7 +159,7 @@ def load(name='balance', scale='smoke', settings=(), seeds=('0',), definitions=D
 
 
 @pytest.mark.parametrize('scale', ['tiny', 'h200', 'smoke'])
-@pytest.mark.parametrize('name', ['balance', 'gamma', 'scope', 'gate', 'capacity', 'fp8'])
+@pytest.mark.parametrize('name', ['balance', 'gamma', 'quantile', 'scope', 'gate', 'capacity', 'fp8'])
 def test_every_declared_sweep_is_valid_and_no_variant_is_another(name, scale):
   runs = load(name, scale).runs
   assert len({run.config for run in runs}) == len(runs)
