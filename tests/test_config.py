@@ -118,9 +118,12 @@ def test_argument_values_may_hold_equals_signs():
 @pytest.mark.parametrize(
   ('arg', 'fragment'),
   [
-    ('train.sed=3', "unknown key 'train.sed'"),
-    ('trian.seed=3', "unknown key 'trian.seed'"),
-    ('train.seed.more=3', "unknown key 'train.seed.more'"),
+    (
+      'train.sed=3',
+      "config argument 'train.sed=3': unknown setting 'train.sed'; the nearest valid one is 'train.seed'",
+    ),
+    ('trian.seed=3', "unknown setting 'trian.seed'; the nearest valid one is 'train.seed'"),
+    ('train.seed.more=3', "unknown setting 'train.seed.more'"),
     ('train.seed', 'must look like train.seed=3'),
     ('train=3', 'must look like train.seed=3'),
     ('train.seed=three', "config train.seed = 'three' must be of type int"),
