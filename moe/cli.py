@@ -37,7 +37,7 @@ def run(main: Callable) -> None:
   _quieten_orbax()
   for name in ('stdout', 'stderr'):
     if getattr(sys, name) is None:  # closed by whoever started this
-      setattr(sys, name, open(os.devnull, 'w'))
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
     getattr(sys, name).reconfigure(errors='backslashreplace')  # rather than fail where a terminal lacks a character
   try:
     try:

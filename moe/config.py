@@ -7,7 +7,6 @@ combinations that cannot run, before anything is compiled.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,8 @@ import ml_collections
 from moe.errors import UserError
 from moe.validation import one_of, validate
 
+MAX_FLOAT = 3.4e38  # of float32, in which the settings are computed with
+MAX_INT, MAX_SEED = 2**31 - 1, 2**32 - 1  # of int32 and uint32; larger seeds would repeat the smaller ones
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
 
@@ -299,6 +300,9 @@ def _typed(kind, value, name):
     value = float(value)
   if type(value) is not kind:
     raise UserError(f'config {name} = {value!r} has type {type(value).__name__}; it must be of type {kind.__name__}')
-  if kind is float and not math.isfinite(value):
-    raise UserError(f'config {name} = {value!r} must be a finite number')
+  if kind is float and not abs(value) <= MAX_FLOAT:
+    raise UserError(f'config {name} = {value!r} must be a finite number of float32')
+  most = MAX_SEED if name == 'train.seed' else MAX_INT
+  if kind is int and value > most:
+    raise UserError(f'config {name} = {value} must be at most {most}')
   return value

@@ -48,6 +48,7 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
   path = local_path(workdir, 'workdir')
   mesh.setup_devices(config.mesh)
   device_mesh = mesh.make_mesh(config)
+  mesh.check_memory(config, device_mesh)
   run_dir.check_run(path, config)
   use_compilation_cache(config)
   corpus = load_corpus(config.data)

@@ -61,7 +61,7 @@ def test_paths_that_can_be(tmp_path, monkeypatch):
 def test_no_home(monkeypatch):
   monkeypatch.delenv('HOME')
   monkeypatch.setattr(pwd, 'getpwuid', lambda _: {}['no such uid'])
-  with pytest.raises(UserError, match='home directory.*give the path without ~'):
+  with pytest.raises(UserError, match=r'home directory.*give the path without ~'):
     local_path('~/run', '--workdir')
 
 
@@ -180,11 +180,11 @@ def test_a_pipe_is_not_waited_for(config_of, tmp_path):
 
 def ends(main, stdout=subprocess.PIPE, environ=(), arguments=()):
   """(status, stdout, stderr) of a script whose main does this."""
-  code = f'"""What it does."""\nfrom moe import cli\nfrom moe.errors import UserError\ndef main(argv):\n  {main}\ncli.run(main)'
-  done = subprocess.run(
-    [sys.executable, '-c', code, *arguments],
-    cwd=ROOT, env={key: os.environ[key] for key in os.environ if key != 'PYTHONUNBUFFERED'} | dict(environ), stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100,
-  )  # fmt: skip
+  imports = '"""What it does."""\nfrom moe import cli\nfrom moe.errors import UserError'
+  code = f'{imports}\ndef main(argv):\n  {main}\ncli.run(main)'
+  environ = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'} | dict(environ)
+  command, where = [sys.executable, '-c', code, *arguments], {'cwd': ROOT, 'env': environ}
+  done = subprocess.run(command, **where, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100)
   return done.returncode, done.stdout, done.stderr
 
 
