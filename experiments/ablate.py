@@ -17,6 +17,7 @@ from absl import flags
 
 from moe import cli
 from moe.errors import UserError
+from moe.paths import local_path
 from moe.report.sweep import write_sweep_report
 from moe.sweep import backends, declared, jobs, manifest
 
@@ -41,7 +42,7 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; settings look like --set=train.steps=500')
   if not WORKDIR.value:
     raise UserError('--workdir is missing; give the folder for all runs, such as --workdir=runs/balance')
-  workdir = pathlib.Path(WORKDIR.value).expanduser()
+  workdir = local_path(WORKDIR.value, '--workdir')
   status = 0 if REPORT_ONLY.value else tell(run_sweep(workdir))
   print(write_sweep_report(workdir))
   sys.exit(status)

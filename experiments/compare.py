@@ -13,6 +13,7 @@ from absl import flags
 
 from moe import cli
 from moe.errors import UserError
+from moe.paths import local_path
 from moe.report import compare
 from moe.report.run import load_run
 
@@ -23,10 +24,10 @@ PLOT = flags.DEFINE_string('plot', '', 'A PNG of both curves.')
 def main(argv):
   if len(argv) != 3:
     raise UserError(f'{len(argv) - 1} run directories given; usage: python experiments/compare.py RUN OTHER_RUN')
-  base, other = map(load_run, argv[1:])
+  base, other = (load_run(local_path(arg, 'run directory')) for arg in argv[1:])
   print(json.dumps(compare.compare(base, other, LAST.value), indent=2))
   if PLOT.value:
-    compare.plot(base, other, (base.name, other.name), pathlib.Path(PLOT.value))
+    compare.plot(base, other, (base.name, other.name), local_path(PLOT.value, '--plot'))
 
 
 if __name__ == '__main__':

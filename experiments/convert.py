@@ -15,16 +15,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing here computes much
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe import cli
-from moe.config import from_config_dict
 from moe.errors import UserError
 from moe.interop import from_hf, to_hf
+from moe.paths import local_path
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', str(pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'default.py'), 'Its mesh is for --from_hf.'
-)
+CONFIG = cli.define_config('default.py')  # its mesh is for --from_hf
 RUN = flags.DEFINE_string('run', None, 'Run directory: the source of --to_hf, made by --from_hf.')
 TO_HF = flags.DEFINE_string('to_hf', None, 'Folder to make from the newest checkpoint of --run.')
 FROM_HF = flags.DEFINE_string('from_hf', None, 'Folder with a DeepSeek-V3 checkpoint to make --run from.')
@@ -40,12 +37,12 @@ def main(argv):
     raise UserError('--run is missing; give a run directory, such as --run=runs/tiny')
   if bool(TO_HF.value) == bool(FROM_HF.value):
     raise UserError('give one of --to_hf=FOLDER and --from_hf=FOLDER')
-  run = pathlib.Path(RUN.value).expanduser()
+  run = local_path(RUN.value, '--run')
   if TO_HF.value:
-    target = pathlib.Path(TO_HF.value).expanduser()
+    target = local_path(TO_HF.value, '--to_hf')
     lines = to_hf.export_run(run, target, DTYPE.value, MAX_SHARD_GB.value, QUANTIZE.value)
   else:
-    lines = from_hf.import_run(pathlib.Path(FROM_HF.value).expanduser(), run, from_config_dict(CONFIG.value))
+    lines = from_hf.import_run(local_path(FROM_HF.value, '--from_hf'), run, CONFIG())
   print(*lines, sep='\n')
 
 

@@ -21,6 +21,7 @@ from moe import cli
 from moe.data.corpus import text_problem
 from moe.errors import UserError
 from moe.folder import new_folder
+from moe.paths import local_path
 
 WHEELS = flags.DEFINE_string('wheels', None, 'Folder of wheels.')
 OUT = flags.DEFINE_string('out', None, 'Folder to write, which must not exist yet.')
@@ -36,10 +37,10 @@ MIN_BYTES = 64
 def main(argv):
   if argv[1:] or not WHEELS.value or not OUT.value:
     raise UserError('usage: python experiments/python_corpus.py --wheels=DIR --out=DIR')
-  wheels = sorted(pathlib.Path(WHEELS.value).expanduser().glob('*.whl'))
+  wheels = sorted(local_path(WHEELS.value, '--wheels').glob('*.whl'))
   if not wheels:
     raise UserError(f'--wheels = {WHEELS.value!r} is no folder with wheels (*.whl)')
-  out = pathlib.Path(OUT.value).expanduser()
+  out = local_path(OUT.value, '--out')
   if out.exists():
     raise UserError(f'--out = {OUT.value!r} exists; choose another folder or delete it')
   plan = {'wheels': [wheel.name for wheel in wheels], 'max_kb': MAX_KB.value, 'max_package_mb': MAX_PACKAGE_MB.value}

@@ -11,6 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 
 from moe import cli
 from moe.errors import UserError
+from moe.paths import local_path
 from moe.report.run import write_report
 from moe.report.sweep import write_sweep_report
 from moe.sweep import manifest
@@ -19,7 +20,7 @@ from moe.sweep import manifest
 def main(argv):
   if len(argv) < 2:
     raise UserError('no run directory given; usage: python experiments/report.py RUN_DIR [RUN_DIR...]')
-  for path in map(pathlib.Path, argv[1:]):
+  for path in [local_path(arg, 'run directory') for arg in argv[1:]]:
     print(write_sweep_report(path) if (path / manifest.FILE).exists() else json.dumps(write_report(path), indent=2))
 
 

@@ -19,6 +19,7 @@ from absl import flags
 from moe import cli
 from moe.errors import UserError
 from moe.files import write_atomically
+from moe.paths import local_path
 from moe.report.run import load_run, summarize
 from moe.sweep import jobs, manifest
 
@@ -29,7 +30,7 @@ LOADS_EVERY = flags.DEFINE_integer('loads_every', 50, 'Steps between rows of loa
 def main(argv):
   if len(argv) != 3:
     raise UserError('usage: python experiments/thin.py SWEEP OUT')
-  source, out = map(pathlib.Path, argv[1:])
+  source, out = (local_path(arg, name) for arg, name in zip(argv[1:], ('SWEEP', 'OUT'), strict=True))
   if source.resolve() == out.resolve():
     raise UserError(f'{out} is the sweep itself; choose another folder for the copy')
   sweep = manifest.read(source)

@@ -14,15 +14,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its developers
 
 from absl import flags
-from ml_collections import config_flags
 
 from moe import cli, loop
-from moe.config import from_config_dict
 from moe.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', 'configs/tiny.py', 'A file of configs/, with ":key=value,..." if wanted.'
-)
+CONFIG = cli.define_config('tiny.py')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run, made if missing.')
 
 
@@ -31,7 +27,7 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; settings look like --config.train.steps=500')
   if not WORKDIR.value:
     raise UserError('--workdir is missing; give the directory for the run, such as --workdir=runs/tiny')
-  summary = loop.train(from_config_dict(CONFIG.value), WORKDIR.value)
+  summary = loop.train(CONFIG(), WORKDIR.value)
   if summary:
     print_summary(summary)
 

@@ -1,35 +1,119 @@
-"""What every script under experiments/ shares: run an absl main, and print a user's mistake as one line."""
+"""What every script under experiments/ shares: its settings, and how it ends, without a traceback unless it is a bug.
 
+Statuses: 0, 1 where a script says so, 2 after a mistake or where memory or disk ran out, 130 after Ctrl-C, 141 if
+nobody reads what it prints any more.
+"""
+
+import errno
 import logging as std_logging
+import os
+import re
+import select
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
-from moe.errors import UserError
+from moe.config import KINDS, Config, from_config_dict, nearest, parsed
+from moe.errors import UserError, one_line
+from moe.paths import local_path, refuse_address, run_python, users_code
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+HELP = re.compile('--?help(short|full|xml)?')
+INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
+
+flags.disclaim_key_flags()  # flags are the scripts'
 
 
-def run(main) -> None:
+def run(main: Callable) -> None:
   """Parses flags, runs `main(argv)` and exits.
 
-  A `UserError`, or a flag that absl or ml_collections refuses, is printed as `error: ...` with exit status 2; any
-  other exception is a bug and keeps its traceback.
+  A `UserError`, a flag that absl refuses, and what cannot be printed or allocated are one line, `error: ...`, with
+  status 2; any other exception is a bug and keeps its traceback.
   """
-
-  def guarded(argv):
-    _quieten_orbax()
+  sys.excepthook = sys.__excepthook__
+  _quieten_orbax()
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by whoever started this
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+    getattr(sys, name).reconfigure(errors='backslashreplace')  # rather than fail where a terminal lacks a character
+  try:
     try:
-      return main(argv)
-    except UserError as error:
-      fail(error)
-
-  app.run(guarded, flags_parser=_parse_flags)
+      app.run(main, flags_parser=_parse_flags)
+    except SystemExit:
+      sys.stdout.flush()
+      raise
+  except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
+  except UserError as error:
+    fail(error)
+  except MemoryError as error:
+    fail(f'there is not enough memory: {str(error) or "Python could get no more"}')
+  except OSError as error:
+    unread = isinstance(error, BrokenPipeError) and _nobody_reads()
+    if not unread and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    _drop_output()
+    sys.exit(UNREAD) if unread else fail(f'cannot write {error.filename or "the output"}: {error.strerror}')
+  except RuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):  # XLA's words for a device without memory
+      raise
+    fail(f'there is not enough memory on the device: {error}')
 
 
 def fail(error) -> None:
   """Prints `error` as one line on stderr and exits with status 2."""
-  print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
+  print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def define_config(default: str) -> Callable[[], Config]:
+  """Declares --config, a file of configs/ by default, and --config.KEY for every setting.
+
+  Returns:
+    What makes the `Config` of them, once flags are parsed. It raises UserError.
+  """
+  file = flags.DEFINE_string(
+    'config', str(CONFIGS / default), 'A file of configs/, with ":key=value,..." if wanted; --config.KEY sets a key.'
+  )
+  given = {}
+  for key, kind in KINDS.items():
+    define = flags.DEFINE_boolean if kind is bool else flags.DEFINE_string
+    given[key] = define(f'config.{key}', None, f'See moe/config.py ({kind.__name__}).', module_name='moe.config')
+
+  def config() -> Config:
+    refuse_address(file.value, '--config')
+    path, colon, arg = file.value.partition(':')
+    changes = {key: flag.value for key, flag in given.items() if flag.value is not None}
+    changes = {key: parsed(key, text) if isinstance(text, str) else text for key, text in changes.items()}
+    path = local_path(path, '--config')
+    get_config = run_python(path, '--config').get('get_config')
+    if not callable(get_config):
+      raise UserError(f'--config = {str(path)!r} defines no get_config(); see configs/default.py')
+    with users_code(path, '--config'):
+      settings = get_config(arg) if colon else get_config()
+    if not hasattr(settings, 'keys'):
+      raise UserError(f'get_config() of --config = {str(path)!r} gives {type(settings).__name__}, not settings')
+    return from_config_dict(settings, changes)
+
+  return config
+
+
+def _nobody_reads() -> bool:
+  """Whether what stdout or stderr goes to is closed, so that it was this pipe that broke, and no other."""
+  poll = select.poll()
+  for stream in (sys.stdout, sys.stderr):
+    poll.register(stream.fileno(), 0)
+  return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_output():
+  """What stdout still holds goes nowhere: or Python would try, and fail, to write it as it ends."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, sys.stdout.fileno())
+  os.close(nowhere)
 
 
 def _quieten_orbax():
@@ -47,14 +131,27 @@ def _quieten_orbax():
 
 
 def _parse_flags(argv):
+  wanted = [arg for arg in argv[1:] if HELP.fullmatch(arg)]
   try:
-    return app.parse_flags_with_usage(argv) if _wants_help(argv) else flags.FLAGS(argv)
-  except UserError as error:
-    fail(error)
-  except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    # ml_collections answers a bad override with whichever of these fits; its text names the key.
-    fail(f'bad command line: {error}')
+    return flags.FLAGS([argv[0], wanted[0]] if wanted else argv)
+  except SystemExit:  # absl has shown the help, and calls that a failure
+    sys.exit(0)
+  except flags.UnrecognizedFlagError as error:
+    section, _, key = error.flagname.partition('.')
+    if section.removeprefix('no') != 'config' or not key or 'config' not in flags.FLAGS:
+      raise UserError(f'bad command line: {error}') from error
+    raise UserError(
+      f'unknown setting --config.{key}; the nearest valid one is --config.{nearest(key, KINDS)}'
+    ) from error
+  except (flags.Error, OSError, ValueError) as error:  # the latter two: of a --flagfile
+    raise UserError(f'bad command line: {error}') from error
 
 
-def _wants_help(argv):
-  return any(arg.lstrip('-').startswith('help') for arg in argv[1:])
+def _show_unless_interrupted(kind, error, trace):
+  """Ctrl-C while a script is still importing its modules, which takes seconds, ends it as quietly as later."""
+  if issubclass(kind, KeyboardInterrupt):
+    os._exit(INTERRUPTED)
+  sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _show_unless_interrupted

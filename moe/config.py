@@ -7,7 +7,7 @@ combinations that cannot run, before anything is compiled.
 
 import dataclasses
 import difflib
-import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -15,6 +15,8 @@ import ml_collections
 from moe.errors import UserError
 from moe.validation import one_of, validate
 
+MAX_FLOAT = 3.4e38  # of float32, in which the settings are computed with
+MAX_INT, MAX_SEED = 2**31 - 1, 2**32 - 1  # of int32 and uint32; larger seeds would repeat the smaller ones
 VOCAB_MULTIPLE = 128  # the stored vocabulary is padded to this on every mesh, so that V always divides
 
 
@@ -190,6 +192,18 @@ class Config:
   grouped_matmul: str = 'auto'  # auto (CPU: blocked, bf16 on Hopper: mosaic_gpu, else ragged_dot) | one of these names
 
 
+def _kinds(cls, prefix=''):
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      yield from _kinds(field.type, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, field.type
+
+
+SECTIONS = tuple(field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type))
+KINDS = dict(_kinds(Config))  # the type of every setting by its full key: {'model.vocab_size': int, ...}
+
+
 def to_config_dict(config: Config, arg: str = '') -> ml_collections.ConfigDict:
   """The same settings as an overridable ConfigDict, with `arg`, 'key=value,...', applied.
 
@@ -200,20 +214,27 @@ def to_config_dict(config: Config, arg: str = '') -> ml_collections.ConfigDict:
   """
   config_dict = ml_collections.ConfigDict(dataclasses.asdict(config))
   for item in filter(None, arg.split(',')):
-    key, equals, text = item.partition('=')
-    section, _, name = key.rpartition('.')
     try:
-      target = config_dict[section] if section else config_dict
-      old = target[name]
-    except (KeyError, TypeError):
-      raise UserError(f'config argument {item!r}: unknown key {key!r}') from None
-    if not equals or isinstance(old, ml_collections.ConfigDict):
-      raise UserError(f'config argument {item!r} must look like train.seed=3')
-    target[name] = _parsed(type(old), text, key)
+      key, value = parse_setting(item)
+    except UserError as error:
+      raise UserError(f'config argument {item!r}: {error}') from error
+    section, _, name = key.rpartition('.')
+    (config_dict[section] if section else config_dict)[name] = value
   return config_dict
 
 
-def _parsed(kind, text, key):
+def parse_setting(text: str) -> tuple[str, Any]:
+  """The setting and the value in 'train.seed=3'. Raises UserError: not of that form, an unknown key, a wrong type."""
+  key, equals, value = text.partition('=')
+  if not equals or key in SECTIONS:
+    raise UserError(f'{text!r} must look like train.seed=3')
+  check_key(key)
+  return key, parsed(key, value)
+
+
+def parsed(key: str, text: str) -> Any:
+  """The value that `text` spells for the setting `key`. Raises UserError: `text` is not of the setting's type."""
+  kind = KINDS[key]
   if kind is bool:
     one_of(key, text, ('true', 'false'))
     return text == 'true'
@@ -223,31 +244,55 @@ def _parsed(kind, text, key):
     raise UserError(f'config {key} = {text!r} must be of type {kind.__name__}') from None
 
 
-def from_config_dict(config_dict: Any) -> Config:
+def check_key(key: str) -> None:
+  """Raises UserError, naming the nearest valid one, unless `key` is one setting: 'train.steps'."""
+  if key not in KINDS:
+    raise UserError(f'unknown setting {key!r}; the nearest valid one is {nearest(key, KINDS)!r}')
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+  """The one of the `known` keys that `key` most likely stands for: misspelled, without its section, or initials."""
+  spellings = {}
+  for whole in known:
+    section, dot, name = whole.rpartition('.')
+    initials = ''.join(word[:1] for word in name.split('_'))
+    for spelling in (initials, section + dot + initials, name, whole):
+      spellings[spelling] = whole
+  return spellings[difflib.get_close_matches(str(key), spellings, 1, 0.0)[0]]
+
+
+def from_config_dict(config_dict: Any, changes: Mapping[str, Any] | None = None) -> Config:
   """Turns a (nested) mapping back into a checked `Config`.
+
+  Args:
+    changes: {'section.key': value}, put over it.
 
   Raises:
     UserError: unknown key (the nearest valid one is named), wrong type, or a combination that cannot run.
   """
   config = _build(Config, config_dict, '')
+  if changes:
+    settings = dataclasses.asdict(config)
+    for key, value in changes.items():
+      check_key(key)
+      section, _, name = key.rpartition('.')
+      (settings[section] if section else settings)[name] = value
+    config = _build(Config, settings, '')
   validate(config)
   return config
 
 
 def _build(cls, values, path):
+  if not hasattr(values, 'keys'):
+    raise UserError(f'config {path.rstrip(".")} is a section and cannot be set to {values!r}')
   fields = {field.name: field for field in dataclasses.fields(cls)}
   kwargs = {}
   for key in values:
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, 1, 0.0)[0]
-      raise UserError(f'unknown config key {path + key!r}; the nearest valid one is {path + near!r}')
+      near = nearest(key, fields)
+      raise UserError(f'unknown config key {path + str(key)!r}; the nearest valid one is {path + near!r}')
     kind, value, name = fields[key].type, values[key], path + key
-    if dataclasses.is_dataclass(kind):
-      if not hasattr(value, 'keys'):
-        raise UserError(f'config {name} is a section and cannot be set to {value!r}')
-      kwargs[key] = _build(kind, value, name + '.')
-    else:
-      kwargs[key] = _typed(kind, value, name)
+    kwargs[key] = _build(kind, value, name + '.') if dataclasses.is_dataclass(kind) else _typed(kind, value, name)
   return cls(**kwargs)
 
 
@@ -256,6 +301,9 @@ def _typed(kind, value, name):
     value = float(value)
   if type(value) is not kind:
     raise UserError(f'config {name} = {value!r} has type {type(value).__name__}; it must be of type {kind.__name__}')
-  if kind is float and not math.isfinite(value):
-    raise UserError(f'config {name} = {value!r} must be a finite number')
+  if kind is float and not abs(value) <= MAX_FLOAT:
+    raise UserError(f'config {name} = {value!r} must be a finite number of float32')
+  most = MAX_SEED if name == 'train.seed' else MAX_INT
+  if kind is int and value > most:
+    raise UserError(f'config {name} = {value} must be at most {most}')
   return value

@@ -1,5 +1,16 @@
 """The one exception for mistakes a user can mend; `moe.cli` prints it as a single line and exits with 2."""
 
+MOST_CHARACTERS = 300  # of a line of error: more does not fit a screen, and hides what matters
+
 
 class UserError(Exception):
   """Bad input. The message says what is wrong, the value, and what would be valid, in one line."""
+
+
+def one_line(error) -> str:
+  """The text of `error` as one line of at most MOST_CHARACTERS: its beginning and its end, if it is longer."""
+  line = ' '.join(str(error).split())
+  if len(line) <= MOST_CHARACTERS:
+    return line
+  end = MOST_CHARACTERS // 3  # what would be valid stands last
+  return f'{line[: MOST_CHARACTERS - end - 5]} ... {line[-end:]}'

@@ -91,10 +91,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   rows = []
   for number, line in enumerate(lines, 1):
     row = parse_json(line, f'{path} line {number}')
-    step = row.get('step')
-    if type(step) is not int or step < 0:
-      raise UserError(f'{path} line {number} has step {step!r}; it must be a number of steps')
+    step = step_of(row, f'{path} line {number}')
     while rows and rows[-1]['step'] >= step:
       rows.pop()
     rows.append(row)
   return rows
+
+
+def step_of(row: dict[str, Any], where: str) -> int:
+  """The 'step' of a row. Raises UserError, which begins with `where`, unless it is an int of at least 0."""
+  step = row.get('step')
+  if type(step) is not int or step < 0:
+    raise UserError(f'{where} has step {step!r}; it must be a number of steps')
+  return step

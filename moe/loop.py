@@ -29,6 +29,7 @@ from moe.files import write_atomically
 from moe.inference.generate import continuation
 from moe.inference.sampling import Sampling
 from moe.logbook import Logbook
+from moe.paths import local_path
 from moe.report.run import write_report
 from moe.validation import profile_range
 
@@ -44,9 +45,10 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
   Raises:
     UserError: bad settings, data, mesh, checkpoint or disk; or a loss that is not finite.
   """
-  path = pathlib.Path(workdir).expanduser()
+  path = local_path(workdir, 'workdir')
   mesh.setup_devices(config.mesh)
   device_mesh = mesh.make_mesh(config)
+  mesh.check_memory(config, device_mesh)
   run_dir.check_run(path, config)
   use_compilation_cache(config)
   corpus = load_corpus(config.data)
@@ -93,9 +95,10 @@ class Run:
       return restored, latest, meta['tokens']
     fresh = state.create(self.config, self.mesh)
     if source := self.config.train.init_from:
-      if not (pathlib.Path(source) / 'checkpoints').is_dir():
+      folder = local_path(source, 'config train.init_from')
+      if not (folder / 'checkpoints').is_dir():
         raise UserError(f'config train.init_from = {source!r} is not a run directory with checkpoints')
-      other = Checkpoints(pathlib.Path(source))
+      other = Checkpoints(folder)
       fresh = other.restore_weights(fresh)
       say(f'starting from the weights of {source} at step {other.latest()}')
       other.close()

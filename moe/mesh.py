@@ -4,12 +4,15 @@ The batch is sharded over `data` and `expert` together (`BATCH_AXES`): an expert
 DeepSeek-V3 (arXiv 2412.19437, section 3.2).
 """
 
+import math
+import os
+
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe.config import Config, MeshConfig
 from moe.errors import UserError
+from moe.validation import parameters
 
 AXES = ('pipe', 'data', 'expert', 'tensor')
 BATCH_AXES = ('data', 'expert')
@@ -53,7 +56,7 @@ def make_mesh(config: Config) -> Mesh:
   """
   shape = mesh_shape(config.mesh)
   validate_mesh(config, shape)
-  size, devices = int(np.prod(shape)), jax.devices()
+  size, devices = math.prod(shape), jax.devices()
   if size > len(devices):
     raise UserError(
       f'the mesh {describe(shape)} needs {size} devices and there are {len(devices)}; on a CPU set '
@@ -65,6 +68,26 @@ def make_mesh(config: Config) -> Mesh:
       'a run of several processes uses all of them'
     )
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:size])
+
+
+def check_memory(config: Config, mesh: Mesh) -> None:
+  """Refuses a model that cannot be trained on the mesh, before minutes go into tracing it.
+
+  Raises:
+    UserError: the fp32 masters and both moments alone are more than all devices hold; those of a CPU share its memory.
+  """
+  device = jax.local_devices()[0]
+  if stats := device.memory_stats():
+    held_bytes = stats.get('bytes_limit', math.inf) * mesh.size
+  else:
+    held_bytes = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * jax.process_count()
+  size, moment_bytes = parameters(config.model), 2 if config.optimizer.moments == 'bfloat16' else 4
+  needed_bytes = size * (4 + 2 * moment_bytes)
+  if needed_bytes > held_bytes:
+    raise UserError(
+      f'a model of {size:.3g} parameters needs {needed_bytes / 1e9:,.0f} GB for masters and moments, and the '
+      f'{mesh.size} device(s) of the mesh hold {held_bytes / 1e9:,.0f} GB; use a smaller model or more devices'
+    )
 
 
 def platform_of(mesh: Mesh) -> str:

@@ -1,8 +1,10 @@
 """Which settings can run together, as far as that is known without devices or data: one line for what cannot."""
 
+import re
 from typing import TYPE_CHECKING
 
 from moe.errors import UserError
+from moe.paths import refuse_address
 
 if TYPE_CHECKING:
   from moe.config import Config, ModelConfig
@@ -11,6 +13,9 @@ BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplic
 AUX_LOSSES = ('none', 'switch', 'sequence')
 DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
 FP8_MODULES = ('experts', 'ffn', 'attention', 'dispatch')
+# Beyond these, a config is a mistake or an attack, and is refused before anything is traced. Of what there is, the
+# deepest have 1,000 layers, and the largest some 1e12 parameters.
+MOST_LAYERS, MOST_EXPERTS, MOST_PARAMETERS = 1024, 2**16, 10**13
 GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 
 
@@ -18,6 +23,7 @@ def validate(config: 'Config') -> None:
   """Checks everything that can be known without devices or data. Raises UserError."""
   _validate_model(config.model)
   _validate_balance(config)
+  _validate_paths(config)
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
   _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
   _at_least(train, 'train', 0, 'seed mtp_weight eval_every eval_sequences sample_tokens')
@@ -27,14 +33,23 @@ def validate(config: 'Config') -> None:
     f'config train.batch_size = {train.batch_size} must be divisible by train.microbatches = {train.microbatches}',
   )
   profile_range(train.profile_steps)
+  _at_most(train, 'train', 100_000, 'sample_tokens')
+  assignments = train.batch_size * data.seq_len * config.model.top_k
+  _require(
+    assignments < 2**31,
+    f'config train.batch_size = {train.batch_size}, data.seq_len = {data.seq_len} and model.top_k = '
+    f'{config.model.top_k} make {assignments} assignments a step; int32 counts them, up to {2**31 - 1}',
+  )
   _at_least(data, 'data', 2, 'seq_len')
   _require(
     data.seq_len > config.model.mtp_depth + 1,
     f'config data.seq_len = {data.seq_len} leaves no target for model.mtp_depth = {config.model.mtp_depth}',
   )
   _require(0 < data.val_fraction < 1, f'config data.val_fraction = {data.val_fraction} must be between 0 and 1')
-  _at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm eps')
+  _at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm')
+  _at_least(opt, 'optimizer', 1e-18, 'eps')  # less: a gradient whose square is 0 in float32 is divided by next to 0
   _fraction(opt, 'optimizer', 'decay_fraction final_lr_fraction beta1 beta2')
+  _at_most(opt, 'optimizer', 0.999999, 'beta1 beta2')  # more: 1 - beta is 0 in float32, and Adam divides by it
   one_of('optimizer.schedule', opt.schedule, ('wsd', 'cosine'))
   one_of('optimizer.moments', opt.moments, ('float32', 'bfloat16'))
   for module in config.precision.fp8_modules:
@@ -43,6 +58,7 @@ def validate(config: 'Config') -> None:
   one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
   _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
   _at_least(mesh, 'mesh', 1, 'num_processes')
+  _at_most(mesh, 'mesh', 4096, 'cpu_devices')
   _require(
     mesh.process_id < mesh.num_processes,
     f'config mesh.process_id = {mesh.process_id} must be below mesh.num_processes = {mesh.num_processes}',
@@ -67,6 +83,9 @@ def _validate_model(model: 'ModelConfig'):
     f'config model.num_dense_layers = {model.num_dense_layers} must be below model.num_layers = {model.num_layers}: '
     'at least one layer has experts',
   )
+  _at_most(model, 'model', MOST_LAYERS, 'num_layers')
+  _at_most(model, 'model', MOST_EXPERTS, 'num_experts num_shared_experts')
+  _at_most(model, 'model', 64, 'mtp_depth')  # they are not scanned over: each is compiled
   one_of('model.score_fn', model.score_fn, ('sigmoid', 'softmax'))
   one_of('model.attention', model.attention, ('mla', 'mha'))
   _require(
@@ -105,9 +124,46 @@ def _validate_model(model: 'ModelConfig'):
     f'config model.yarn_beta_fast = {model.yarn_beta_fast} must be above model.yarn_beta_slow = '
     f'{model.yarn_beta_slow}, and both above 0',
   )
-  for name in ('rope_theta', 'norm_eps', 'init_std', 'route_scale'):
+  for name, limit in (('rope_theta', 1), ('init_std', 0), ('route_scale', 0)):
     value = getattr(model, name)
-    _require(value > 0, f'config model.{name} = {value} must be above 0')
+    _require(value > limit, f'config model.{name} = {value} must be above {limit}')
+  _at_least(
+    model, 'model', 1e-20, 'norm_eps'
+  )  # less: its power of -3/2, in the gradient of a row of zeros, is infinite
+  _at_least(model, 'model', 0, 'yarn_mscale')
+  _at_most(model, 'model', 100, 'init_std yarn_mscale')
+  size = parameters(model)
+  _require(
+    size <= MOST_PARAMETERS,
+    f'the model of this config has {size:.3g} parameters; at most {MOST_PARAMETERS:.0e} are taken for no mistake',
+  )
+
+
+def parameters(model: 'ModelConfig') -> int:
+  """How many parameters the model has, the padding of the vocabulary included, by arithmetic: nothing is traced."""
+  D, H, C, A = model.d_model, model.num_heads, model.kv_lora_rank, model.q_lora_rank
+  N, R, U = model.qk_nope_dim, model.qk_rope_dim, model.v_dim
+  if model.attention == 'mla':
+    query = A + D * A + A * H * (N + R) if A else D * H * (N + R)
+    attention = query + C + D * (C + R) + C * H * (N + U) + H * U * D
+  else:
+    attention = 2 * D * H * R + 2 * D * H * U
+  around = attention + 2 * D  # and two norms
+  experts = (model.num_experts + model.num_shared_experts) * 3 * D * model.d_expert
+  moe = around + experts + D * model.num_experts
+  dense = around + 3 * D * model.d_ff
+  mtp = moe + 3 * D + 2 * D * D
+  ends = D + model.padded_vocab * D * (1 if model.tie_embeddings else 2)
+  return model.num_dense_layers * dense + model.num_moe_layers * moe + model.mtp_depth * mtp + ends
+
+
+def _validate_paths(config: 'Config'):
+  data = config.data
+  for path in data.paths.split(','):
+    refuse_address(path, 'config data.paths')
+  for name, path in (('data.tokenizer', data.tokenizer), ('data.cache_dir', data.cache_dir)):
+    refuse_address(path, f'config {name}')
+  refuse_address(config.train.init_from, 'config train.init_from')
 
 
 def _validate_balance(config: 'Config'):
@@ -116,6 +172,7 @@ def _validate_balance(config: 'Config'):
   one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
   one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
   _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
+  _at_most(balance, 'balance', 1000, 'gamma')  # scores lie between 0 and 1
   _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta quantile_ema')
   _require(
     balance.gamma_off_fraction + balance.gamma_decay_fraction <= 1,
@@ -142,8 +199,8 @@ def profile_range(text: str) -> range:
   """Steps of `train.profile_steps`: 'first:last', both included; '' is none. Raises UserError."""
   if not text:
     return range(0)
-  first, colon, last = text.partition(':')
-  if not (colon and first.isdigit() and last.isdigit() and int(first) <= int(last)):
+  first, _, last = text.partition(':')
+  if not (re.fullmatch(r'\d{1,18}:\d{1,18}', text, re.ASCII) and int(first) <= int(last)):
     raise UserError(f"config train.profile_steps = {text!r} must look like '10:12' (first:last step) or be ''")
   return range(int(first), int(last) + 1)
 
@@ -161,6 +218,12 @@ def _at_least(section, prefix: str, least: float, names: str):
   for name in names.split():
     value = getattr(section, name)
     _require(value >= least, f'config {prefix}.{name} = {value} must be at least {least}')
+
+
+def _at_most(section, prefix: str, most: float, names: str):
+  for name in names.split():
+    value = getattr(section, name)
+    _require(value <= most, f'config {prefix}.{name} = {value} must be at most {most}')
 
 
 def _fraction(section, prefix: str, names: str):

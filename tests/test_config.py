@@ -1,6 +1,7 @@
 """Every rule of the config: what is rejected, with which words, and what comes back unchanged."""
 
 import dataclasses
+import math
 import re
 
 import ml_collections
@@ -8,7 +9,7 @@ import pytest
 
 from moe import mesh as meshes
 from moe.config import Config, DataConfig, MeshConfig, ModelConfig, from_config_dict, to_config_dict
-from moe.errors import UserError
+from moe.errors import MOST_CHARACTERS, UserError, one_line
 from moe.validation import profile_range
 
 
@@ -118,9 +119,12 @@ def test_argument_values_may_hold_equals_signs():
 @pytest.mark.parametrize(
   ('arg', 'fragment'),
   [
-    ('train.sed=3', "unknown key 'train.sed'"),
-    ('trian.seed=3', "unknown key 'trian.seed'"),
-    ('train.seed.more=3', "unknown key 'train.seed.more'"),
+    (
+      'train.sed=3',
+      "config argument 'train.sed=3': unknown setting 'train.sed'; the nearest valid one is 'train.seed'",
+    ),
+    ('trian.seed=3', "unknown setting 'trian.seed'; the nearest valid one is 'train.seed'"),
+    ('train.seed.more=3', "unknown setting 'train.seed.more'"),
     ('train.seed', 'must look like train.seed=3'),
     ('train=3', 'must look like train.seed=3'),
     ('train.seed=three', "config train.seed = 'three' must be of type int"),
@@ -197,9 +201,11 @@ LEAST = {
   0: 'model.num_dense_layers model.num_shared_experts model.capacity_factor model.q_lora_rank model.mtp_depth '
   'balance.gamma balance.aux_alpha balance.z_loss balance.smebu_kappa train.seed train.mtp_weight train.eval_every '
   'train.eval_sequences train.sample_tokens optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay '
-  'optimizer.clip_norm optimizer.eps mesh.pipe mesh.data mesh.expert mesh.tensor mesh.cpu_devices mesh.process_id '
+  'optimizer.clip_norm model.yarn_mscale mesh.pipe mesh.data mesh.expert mesh.tensor mesh.cpu_devices mesh.process_id '
   'checkpoint.every_steps',
   2: 'data.seq_len',
+  1e-18: 'optimizer.eps',
+  1e-20: 'model.norm_eps',
 }
 FRACTIONS = (
   'balance.gamma_off_fraction balance.gamma_decay_fraction balance.gamma_final_fraction balance.smebu_beta '
@@ -227,8 +233,48 @@ def test_fractions(name):
   for value in (-0.1, 1.1):
     with pytest.raises(UserError, match=re.escape(f'config {name} = {value} must be between 0 and 1')):
       from_config_dict(changed({name: value}))
-  for value in (0.0, 1.0):
+  for value in (0.0, 0.999999 if 'beta' in name.partition('.')[2] and 'smebu' not in name else 1.0):
     from_config_dict(changed({name: value}))
+
+
+MOST = {
+  1024: 'model.num_layers',
+  2**16: 'model.num_experts model.num_shared_experts',
+  64: 'model.mtp_depth',
+  100: 'model.init_std model.yarn_mscale',
+  1000: 'balance.gamma',
+  100_000: 'train.sample_tokens',
+  0.999999: 'optimizer.beta1 optimizer.beta2',
+  4096: 'mesh.cpu_devices',
+  2**32 - 1: 'train.seed',
+}
+
+
+@pytest.mark.parametrize(('name', 'most'), [(name, most) for most, names in MOST.items() for name in names.split()])
+def test_upper_bounds(name, most):
+  from_config_dict(changed({name: KINDS[name](most), 'data.seq_len': 128}))
+  beyond = most + 1 if KINDS[name] is int else most * 1.0000009
+  with pytest.raises(UserError, match=rf'config {name} = \S+ must be (at most {most}|between 0 and 1)'):
+    from_config_dict(changed({name: beyond, 'data.seq_len': 128}))
+
+
+@pytest.mark.parametrize('name', [name for name, kind in KINDS.items() if kind in (int, float)])
+def test_no_number_passes_that_breaks(name):
+  """What int32 and float32 can't hold, and what is nonsense below 0: refused, by name, for every setting."""
+  beyond = [2**32, 2**63, 10**30] if KINDS[name] is int else [math.nan, math.inf, -math.inf, 1e39, -1e300]
+  for value in (*beyond, KINDS[name](-1)):
+    section, _, key = name.rpartition('.')
+    with pytest.raises(UserError, match=re.escape(name)) as caught:
+      from_config_dict({section: {key: value}})
+    assert len(one_line(caught.value)) <= MOST_CHARACTERS
+
+
+def test_paths_are_of_this_machine():
+  for name in ('data.paths', 'data.tokenizer', 'data.cache_dir', 'train.init_from'):
+    with pytest.raises(UserError, match=f"config {name} = 'gs://b/x' is an address"):
+      from_config_dict(changed({name: 'gs://b/x'}))
+  with pytest.raises(UserError, match='is an address'):
+    from_config_dict(changed({'data.paths': 'here/,s3://b/x'}))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +295,7 @@ def test_fractions(name):
       {'model.yarn_beta_slow': 0.0},
       'model.yarn_beta_fast = 32.0 must be above model.yarn_beta_slow = 0.0, and both above 0',
     ),
-    *(({f'model.{name}': 0.0}, f'model.{name} = 0.0 must be above 0') for name in ('rope_theta', 'norm_eps')),
+    ({'model.rope_theta': 1.0}, 'model.rope_theta = 1.0 must be above 1'),
     *(({f'model.{name}': -1.0}, f'model.{name} = -1.0 must be above 0') for name in ('init_std', 'route_scale')),
     (
       {'balance.bias_rule': 'quantile', 'model.num_groups': 4, 'model.top_groups': 4},
@@ -257,6 +303,11 @@ def test_fractions(name):
     ),
     ({'balance.bias_rule': 'quantile', 'model.top_k': 16}, "'quantile' needs model.top_k = 16 below model.num_experts"),
     ({'train.microbatches': 3}, 'train.batch_size = 16 must be divisible by train.microbatches = 3'),
+    (
+      {'train.batch_size': 2**23, 'data.seq_len': 64},
+      'train.batch_size = 8388608, data.seq_len = 64 and model.top_k = 4 make 2147483648 assignments a step',
+    ),
+    ({'model.d_model': 2**20, 'model.d_ff': 2**30}, ' parameters; at most 1e+13 are taken for no mistake'),
     ({'data.seq_len': 3, 'model.mtp_depth': 2}, 'data.seq_len = 3 leaves no target for model.mtp_depth = 2'),
     (
       {'balance.gamma_off_fraction': 0.5, 'balance.gamma_decay_fraction': 0.6},
@@ -272,7 +323,7 @@ def test_fractions(name):
     ({'mesh.coordinator': 'a:1'}, "mesh.num_processes = 1 and mesh.coordinator = 'a:1' disagree"),
     *(
       ({'train.profile_steps': text}, f'train.profile_steps = {text!r} must look like')
-      for text in ('5', '5:', ':5', '7:5', 'a:b', '-1:5', '1.0:2')
+      for text in ('\u00b2:\u00b3', '1:' + '9' * 5000, '5', '5:', ':5', '7:5', 'a:b', '-1:5', '1.0:2')
     ),
   ],
 )

@@ -9,8 +9,12 @@ import pytest
 
 from moe import mesh, state, step
 from moe.config import Config, from_config_dict
+from moe.model import transformer
+from moe.validation import parameters
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))}
+
+MHA = 'model.attention=mha,model.qk_nope_dim=0,model.q_lora_rank=0,model.mtp_depth=0'
 
 
 def load(name, arg=''):
@@ -46,6 +50,14 @@ def test_config_is_valid_fits_its_mesh_and_has_a_state(name):
   # The rest of a state is a little over two moments per weight, in their own dtype.
   moments = [leaf for leaf in jax.tree.leaves(made.opt_state) if leaf.dtype == config.optimizer.moments]
   assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in jax.tree.leaves(made.params))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('arg', ['', MHA, 'model.q_lora_rank=0,model.num_shared_experts=0,model.tie_embeddings=true'])
+def test_parameters_by_arithmetic(name, arg):
+  config = load(name, arg)
+  leaves = jax.tree.leaves(transformer.abstract_params(config))
+  assert parameters(config.model) == sum(leaf.size for leaf in leaves)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -1,6 +1,7 @@
 """The mesh a config asks for, and the one-line refusals of those that cannot be."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -39,6 +40,20 @@ def test_presets_and_overrides(axes, shape):
 @pytest.mark.parametrize('preset', ['h20x16', 'h20x16_ep', 'h20x16_serve'])
 def test_presets_of_the_cluster_use_its_16_gpus(preset):
   assert np.prod(mesh.mesh_shape(MeshConfig(preset=preset))) == 16
+
+
+def test_a_model_that_no_memory_holds_is_refused():
+  made = mesh.make_mesh(config_of())
+  mesh.check_memory(config_of(), made)
+  large = config_of(model={'d_model': 2**16, 'd_expert': 2**16})
+  parameters = 4 * 17 * 3 * 2**32  # matrices of the experts of 3 layers and an MTP module
+  with pytest.raises(
+    UserError, match=r'([\d.e+]+) parameters needs ([\d,]+) GB .* the 1 device.* hold [\d,]+ GB'
+  ) as caught:
+    mesh.check_memory(large, made)
+  size, needed_gb = re.search(r'of (\S+) parameters needs (\S+) GB', str(caught.value)).groups()
+  assert float(size) == pytest.approx(parameters, rel=0.05)
+  assert float(needed_gb.replace(',', '')) == pytest.approx(12 * float(size) / 1e9, rel=0.01)
 
 
 def test_unknown_preset_is_refused_with_the_valid_ones():

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe.config import BalanceConfig, OptimizerConfig
+from moe.config import BalanceConfig, OptimizerConfig, from_config_dict
 from moe.optimizer import bias_speed, learning_rate, make_optimizer
 
 STEPS = 6
@@ -152,3 +152,14 @@ def test_bias_speed(fraction, last):
 def test_bias_speed_falls_before_it_is_0(off, decay, final, expected):
   config = BalanceConfig(gamma=0.5, gamma_off_fraction=off, gamma_decay_fraction=decay, gamma_final_fraction=final)
   np.testing.assert_allclose(jax.jit(jax.vmap(bias_speed(config, 10)))(jnp.arange(10)), expected, rtol=1e-6)
+
+
+def test_settings_at_their_borders_are_finite():
+  """The last that are not refused, on gradients of every size: 0, and such that their squares are 0 in float32."""
+  borders = {'beta1': 0.999999, 'beta2': 0.999999, 'eps': 1e-18, 'clip_norm': 0.0, 'warmup_steps': 0}
+  from_config_dict({'optimizer': borders})
+  sizes = np.float32([0, 1e-30, 1e-20, 1e-10, 1e-5, 1, 1e5, 1e15])
+  gradient = {name: np.resize(sizes, shape) for name, (shape, _) in PARAMETERS.items()}
+  history, _ = optimize(OptimizerConfig(**borders), [gradient] * 3)
+  for params in history:
+    assert all(np.isfinite(value).all() and np.abs(value).max() < 2 for value in params.values())

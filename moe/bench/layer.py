@@ -25,25 +25,29 @@ PEER_TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.1}
 
 
 class Shape(NamedTuple):
-  """T tokens of width D to K of E experts of hidden width F, and to one shared expert."""
+  """T tokens of width D to K of E experts of hidden width F, and to `shared` ones that take all tokens."""
 
   D: int
   F: int
   E: int
   K: int
   T: int
+  shared: int = 1
 
   def __str__(self):
-    return ' '.join(f'{key}{value}' for key, value in self._asdict().items())
+    named = ' '.join(f'{key}{value}' for key, value in self._asdict().items() if key != 'shared')
+    return named if self.shared == 1 else f'{named} shared{self.shared}'
 
   @property
   def model(self) -> ModelConfig:
-    return ModelConfig(d_model=self.D, d_expert=self.F, num_experts=self.E, top_k=self.K, num_shared_experts=1)
+    return ModelConfig(
+      d_model=self.D, d_expert=self.F, num_experts=self.E, top_k=self.K, num_shared_experts=self.shared
+    )
 
   @property
   def tflop(self) -> float:
     """Of the matrix products, forward and twice that backward: three per expert, and the router."""
-    return 3 * 2 * self.T * (3 * self.D * self.F * (self.K + 1) + self.D * self.E) / 1e12
+    return 3 * 2 * self.T * (3 * self.D * self.F * (self.K + self.shared) + self.D * self.E) / 1e12
 
 
 GPU_SHAPES = (Shape(7168, 2048, 32, 8, 8192), Shape(2048, 1408, 64, 6, 16384), Shape(1024, 512, 64, 6, 32768))
@@ -135,7 +139,7 @@ def check(compiled, shape: Shape, inputs: Inputs, tolerance: float) -> dict:
   y_TD, (dw, dx_TD) = compiled(inputs.weights, inputs.x_TD, dy_TD)
   y_nD, (want_dw, dx_nD) = reference(inputs.weights, inputs.x_TD[:n], dy_TD[:n], shape.K)
   errors = {'error_y': relative(y_TD[:n], y_nD), 'error_dx': relative(dx_TD[:n], dx_nD)}
-  used = ('w_router_DE', 'experts', 'shared')
+  used = [key for key in ('w_router_DE', 'experts', 'shared') if key in inputs.weights]
   pairs = zip(*(jax.tree.leaves({key: tree[key] for key in used}) for tree in (dw, want_dw)), strict=True)
   errors['error_dw'] = max(relative(got, want) for got, want in pairs)
   assert max(errors.values()) < tolerance, f'{errors}, and {tolerance} is allowed'
@@ -166,14 +170,16 @@ def reference(weights: dict, x_TD: jax.Array, dy_TD: jax.Array, top_k: int):
     least_T1 = lax.top_k(scores_TE, top_k)[0][:, -1:]
     gate_TE = jnp.where(scores_TE >= least_T1, scores_TE, 0)
     gate_TE = gate_TE / gate_TE.sum(-1, keepdims=True)
-    experts, shared = weights['experts'], weights['shared']
+    experts = weights['experts']
 
     @jax.checkpoint
     def add(y_TD, of_expert):
       gate_T, *matrices = of_expert
       return y_TD + gate_T[:, None] * swiglu(x_TD, *matrices), None
 
-    y_TD = swiglu(x_TD, shared['w_gate_DF'], shared['w_up_DF'], shared['w_down_FD'])
+    y_TD = jnp.zeros_like(x_TD)
+    if shared := weights.get('shared'):
+      y_TD = swiglu(x_TD, shared['w_gate_DF'], shared['w_up_DF'], shared['w_down_FD'])
     y_TD, _ = lax.scan(add, y_TD, (gate_TE.T, experts['w_gate_eDF'], experts['w_up_eDF'], experts['w_down_eFD']))
     return (y_TD * dy_TD).sum(), y_TD
 

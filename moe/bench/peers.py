@@ -92,7 +92,7 @@ class Layer:
         self.module = DeepseekV3MoE(make_config(model))
     finally:
       torch.set_default_dtype(default)
-    gate, experts, shared = self.module.gate, self.module.experts, self.module.shared_experts
+    gate, experts = self.module.gate, self.module.experts
     gate.e_score_correction_bias = torch.zeros(model.num_experts, device=device())  # float32, as in training
     F = model.d_expert
     with torch.no_grad():
@@ -100,9 +100,9 @@ class Layer:
       experts.gate_up_proj[:, :F].copy_(_tensor(weights['experts']['w_gate_eDF']).mT)
       experts.gate_up_proj[:, F:].copy_(_tensor(weights['experts']['w_up_eDF']).mT)
       experts.down_proj.copy_(_tensor(weights['experts']['w_down_eFD']).mT)
-      for ours, theirs in (('gate', shared.gate_proj), ('up', shared.up_proj)):
-        theirs.weight.copy_(_tensor(weights['shared'][f'w_{ours}_DF']).T)
-      shared.down_proj.weight.copy_(_tensor(weights['shared']['w_down_FD']).T)
+      if shared := weights.get('shared'):
+        for name, matrix in (('gate', 'w_gate_DF'), ('up', 'w_up_DF'), ('down', 'w_down_FD')):
+          getattr(self.module.shared_experts, f'{name}_proj').weight.copy_(_tensor(shared[matrix]).T)
     self.x, self.dy = (_tensor(a)[None].to(dtype) for a in (x_TD, dy_TD))
     self.x.requires_grad_()
 

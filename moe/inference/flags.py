@@ -11,6 +11,7 @@ from moe.config import MeshConfig
 from moe.errors import UserError
 from moe.inference import load
 from moe.loop import use_compilation_cache
+from moe.paths import local_path
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Run directory, or folder of a Hugging Face checkpoint.')
 TOKENIZER = flags.DEFINE_string('tokenizer', '', 'byte, or a tokenizer.json; that of the checkpoint if not given.')
@@ -26,7 +27,9 @@ def load_model(quantized: bool = False) -> load.Model:
   if not CHECKPOINT.value:
     raise UserError('--checkpoint is missing; give a run directory, such as --checkpoint=runs/tiny')
   mesh = MeshConfig(data=DATA.value, expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
-  model = load.load(CHECKPOINT.value, mesh, DTYPE.value, quantized, TOKENIZER.value)
+  if TOKENIZER.value:
+    local_path(TOKENIZER.value, '--tokenizer')
+  model = load.load(local_path(CHECKPOINT.value, '--checkpoint'), mesh, DTYPE.value, quantized, TOKENIZER.value)
   for remark in model.remarks:
     print(remark, file=sys.stderr)
   use_compilation_cache(model.config)

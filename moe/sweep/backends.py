@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 
-from moe.errors import UserError
+from moe.errors import UserError, one_line
 from moe.sweep.jobs import POLL_S, ROOT, Job, Result, run_job
 
 CONNECT_S, JOIN_S = 5.0, 60.0  # for a port to answer, and for Ray to be what answers
@@ -111,7 +111,7 @@ class Ray:
     except self._ray.exceptions.TaskCancelledError:
       return Result(job.name, 'stopped', 'the same command continues')
     except self._ray.exceptions.RayError as error:
-      return Result(job.name, 'failed', ' '.join(str(error).split()))
+      return Result(job.name, 'failed', one_line(error))
 
   def stop(self) -> None:
     for reference in self._references.values():

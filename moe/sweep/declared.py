@@ -1,13 +1,16 @@
 """From what a command line says to a checked sweep: names of sweep and scale, settings, seeds, a choice of variants."""
 
 import fnmatch
-import runpy
+import pathlib
 from collections.abc import Sequence
 
-from moe.config import Config
+from moe.config import Config, parse_setting, parsed
 from moe.errors import UserError
+from moe.paths import local_path, run_python, users_code
 from moe.sweep import manifest
-from moe.sweep.variants import check_key, flatten, overlay
+from moe.sweep.variants import Variant, overlay
+
+DECLARED = 'configs/sweeps/declared.py'
 
 
 def load(definitions: str, name: str, scale: str, settings: Sequence[str], seeds: Sequence[str]) -> manifest.Sweep:
@@ -19,24 +22,23 @@ def load(definitions: str, name: str, scale: str, settings: Sequence[str], seeds
     seeds: integers, as text.
 
   Raises:
-    UserError: no such file, sweep or scale, a bad setting or seed, or a sweep that cannot run.
+    UserError: no such file, sweep or scale, one that raises or makes something else, a bad setting or seed, or a sweep
+      that cannot run.
   """
-  try:
-    tables = runpy.run_path(definitions)
-  except OSError as error:
-    raise UserError(f'cannot read --definitions = {definitions!r}: {error.strerror}') from error
-  except (ImportError, SyntaxError) as error:  # ImportError: a folder
-    raise UserError(f'--definitions = {definitions!r} is no Python file that runs: {error}') from error
-  if missing := [table for table in ('SWEEPS', 'SCALES') if table not in tables]:
-    raise UserError(f'--definitions = {definitions!r} has no table {missing[0]!r}; see configs/sweeps/declared.py')
-  sweeps, scales = tables['SWEEPS'], tables['SCALES']
-  for flag, value, table in (('--sweep', name, sweeps), ('--scale', scale, scales)):
-    if value not in table:
-      raise UserError(f'{flag} = {value!r} must be one of {", ".join(table)}')
-  base = scales[scale]()
+  path = local_path(definitions, '--definitions')
+  tables = run_python(path, '--definitions')
+  for table in ('SWEEPS', 'SCALES'):
+    if not isinstance(tables.get(table), dict):
+      raise UserError(f'--definitions = {definitions!r} has no table {table!r}; see {DECLARED}')
+  base = _made(tables, 'SCALES', scale, path)
+  if not isinstance(base, Config):
+    raise UserError(f'scale {scale!r} of --definitions = {definitions!r} makes {type(base).__name__}, not a Config')
   for setting in settings:
     base = _set(base, setting)
-  return manifest.make(name, scale, base, sweeps[name](), [_seed(text) for text in seeds])
+  variants = _made(tables, 'SWEEPS', name, path)
+  if not (isinstance(variants, list) and all(isinstance(variant, Variant) for variant in variants)):
+    raise UserError(f'sweep {name!r} of --definitions = {definitions!r} makes no list of variants; see {DECLARED}')
+  return manifest.make(name, scale, base, variants, [_seed(text) for text in seeds])
 
 
 def select(sweep: manifest.Sweep, patterns: Sequence[str]) -> set[str]:
@@ -62,21 +64,26 @@ def select(sweep: manifest.Sweep, patterns: Sequence[str]) -> set[str]:
   return selected or set(names)
 
 
+def _made(tables: dict, table: str, name: str, path: pathlib.Path):
+  """What the function called `name` in a table of the definitions makes."""
+  makers = tables[table]
+  if not callable(makers.get(name)):
+    flag, names = {'SWEEPS': '--sweep', 'SCALES': '--scale'}[table], ', '.join(map(str, makers))
+    raise UserError(f'{flag} = {name!r} must be one of {names}, each a function')
+  with users_code(path, '--definitions'):
+    return makers[name]()
+
+
 def _set(base: Config, setting: str) -> Config:
   """The config with one 'key=value', as --config.key=value would set it; the value may hold commas."""
-  key, equals, text = setting.partition('=')
-  check_key(base, key)
-  kind = type(flatten(base)[key])
   try:
-    value = {'true': True, 'false': False}[text] if kind is bool else kind(text)
-  except (KeyError, ValueError):
-    equals = ''
-  if not equals:
-    raise UserError(f'--set = {setting!r} must be {key}= and a value of type {kind.__name__}')
-  return overlay(base, {key: value})
+    return overlay(base, dict([parse_setting(setting)]))
+  except UserError as error:
+    raise UserError(f'--set = {setting!r}: {error}') from error
 
 
 def _seed(text: str) -> int:
-  if not text.isdecimal():
-    raise UserError(f'--seeds = {text!r} must be integers, 0 or above, separated by commas')
-  return int(text)
+  try:
+    return parsed('train.seed', text)
+  except UserError as error:
+    raise UserError(f'--seeds = {text!r} must be integers, 0 or above, separated by commas') from error

@@ -9,7 +9,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import shlex
@@ -23,6 +22,8 @@ from typing import NamedTuple
 
 import tqdm
 
+from moe.errors import UserError, one_line
+from moe.files import parse_json, read_json, step_of
 from moe.sweep.manifest import LOCK, RunOf
 from moe.sweep.variants import flatten
 
@@ -123,17 +124,17 @@ def _why(status: int, words: str) -> str:
 def is_finished(folder: pathlib.Path) -> bool:
   """Whether the run in `folder` has all its steps and its final evaluation."""
   try:
-    return json.loads((folder / 'summary.json').read_text('utf-8'))['finished']
-  except (OSError, ValueError, KeyError, TypeError):
-    return False
+    return read_json(folder / 'summary.json').get('finished') is True
+  except UserError:
+    return False  # missing or damaged: the run goes on, and writes it again
 
 
 def steps_done(folder: pathlib.Path) -> int:
   """Steps that the run in `folder` has logged."""
   for line in reversed(_tail(folder / 'metrics.jsonl').split(b'\n')):
     try:
-      return json.loads(line)['step']
-    except (ValueError, KeyError, TypeError):
+      return step_of(parse_json(line, 'the line'), 'the line')
+    except UserError:
       continue  # cut off while being written, or by the start of the tail
   return 0
 
@@ -237,10 +238,12 @@ def last_words(folder: pathlib.Path) -> str:
   began = max((i for i, line in enumerate(lines) if line.startswith(PROMPT)), default=-1)
   said = [line for line in lines[began + 1 :] if line]
   errors = [line for line in said if line.startswith('error: ')]
-  return (errors or said or [''])[-1]
+  return one_line((errors or said or [''])[-1])
 
 
 def _tail(path: pathlib.Path) -> bytes:
+  if not path.is_file():  # a pipe would be waited for
+    return b''
   try:
     with path.open('rb') as file:
       file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))

@@ -3,14 +3,14 @@
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import moe
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.files import write_atomically
+from moe.files import read_json, write_atomically
 from moe.sweep.variants import Variant, check_names, flatten, overlay
 
 FILE, LOCK = 'sweep.json', '.lock'
@@ -82,10 +82,10 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
   if folder.exists() and not folder.is_dir():
     raise UserError(f'workdir {folder} is a file; choose a folder')
   foreign = UserError(f'workdir {folder} holds files but no {FILE}, so it is not of a sweep; choose another --workdir')
-  names = {file.name for file in folder.iterdir()} if folder.exists() else set()
-  if names and not names & {FILE, LOCK}:  # with the lock and no sweep.json, another command may be writing it just now
-    raise foreign
   try:
+    names = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if names and not names & {FILE, LOCK}:  # with the lock and no sweep.json, another command may be writing just now
+      raise foreign
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open('a')
   except OSError as error:
@@ -115,20 +115,20 @@ def _write(folder: pathlib.Path, sweep: Sweep):
 def read(folder: pathlib.Path) -> Sweep:
   """The sweep of a results folder. Raises UserError: no folder of a sweep, damaged, or of another version."""
   file = folder / FILE
+  if not os.path.lexists(file):
+    raise UserError(f'{folder} is no results folder of a sweep: there is no {FILE} in it')
   try:
-    found: dict[str, Any] = json.loads(file.read_text('utf-8'))
+    found = read_json(file)
     version = found['version']
-  except OSError as error:
-    raise UserError(f'{folder} is no results folder of a sweep: cannot read {FILE} ({error.strerror})') from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{file} is damaged or not of a sweep: {error!r}; choose another --workdir') from error
+  except (UserError, KeyError) as error:
+    raise UserError(f'{file} is damaged or not of a sweep: {error}; choose another --workdir') from error
   if version != moe.__version__:
     raise UserError(f'{folder} was swept by version {version}, this is {moe.__version__}; choose another --workdir')
   try:
     base = from_config_dict(found['base'])
     variants = [Variant(name, overrides) for name, overrides in found['variants'].items()]
     return make(found['sweep'], found['scale'], base, variants, found['seeds'])
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise UserError(f'{file} is damaged: {error!r}; choose another --workdir') from error
 
 

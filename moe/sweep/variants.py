@@ -6,13 +6,12 @@ A list of variants is a plain list. The names of a product's factors are joined 
 """
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe.config import Config, from_config_dict, to_config_dict
+from moe.config import Config, from_config_dict
 from moe.errors import UserError
 
 NAME = re.compile(r'[\w.=,+-]+', re.ASCII)  # what a folder may be called everywhere
@@ -73,23 +72,7 @@ def overlay(config: Config, overrides: Mapping[str, Any]) -> Config:
   Raises:
     UserError: an unknown key (the nearest valid one is named), a wrong type, or a combination that cannot run.
   """
-  settings = to_config_dict(config)
-  with settings.unlocked():
-    for key, value in overrides.items():
-      check_key(config, key)
-      section, _, name = key.rpartition('.')
-      target = settings[section] if section else settings
-      del target[name]  # or ml_collections would convert between types without a word
-      target[name] = value
-  return from_config_dict(settings)
-
-
-def check_key(config: Config, key: str) -> None:
-  """Raises UserError, naming the nearest valid one, unless `key` is one setting of the config."""
-  known = flatten(config)
-  if key not in known:
-    near = difflib.get_close_matches(key, known, 1, 0.0)[0]
-    raise UserError(f'unknown setting {key!r}; the nearest valid one is {near!r}')
+  return from_config_dict(dataclasses.asdict(config), overrides)
 
 
 def flatten(config: Config) -> dict[str, Any]:

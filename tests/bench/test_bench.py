@@ -57,6 +57,16 @@ def test_flops_of_a_layer():
   assert SHAPE.tflop * 1e12 == 64 * 3 * 2 * (32 * 4 + 3 * 3 * 32 * 16)
 
 
+@pytest.mark.parametrize(('shared', 'matrices'), [(0, 2), (3, 5)])
+def test_a_layer_with_other_shared_experts(monkeypatch, shared, matrices):
+  monkeypatch.setattr(peers, 'missing', lambda: 'none here')
+  shape = SHAPE._replace(shared=shared)
+  plain, _ = layer.measure(shape, 'float32', dense_tflop_per_s=1.0, repeats=1, inner=1)
+  assert max(plain['error_y'], plain['error_dx'], plain['error_dw']) < 1e-4
+  assert plain['shape'] == f'D32 F16 E4 K2 T64 shared{shared}'
+  assert shape.tflop * 1e12 == 64 * 3 * 2 * (32 * 4 + matrices * 3 * 32 * 16)
+
+
 def test_a_wrong_layer_is_a_row_that_failed(monkeypatch):
   """A layer whose output is 1% off does not get a time."""
   monkeypatch.setattr(peers, 'missing', lambda: 'none here')

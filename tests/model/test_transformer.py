@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe import loss as losses
-from moe.config import BalanceConfig, Config, ModelConfig, TrainConfig
+from moe.config import BalanceConfig, Config, ModelConfig, TrainConfig, from_config_dict
 from moe.mesh import BATCH_AXES
-from moe.model import transformer
+from moe.model import norm, transformer
 
 B, S = 2, 8
 
@@ -218,3 +218,10 @@ def test_vocabulary(tied, tensor, mesh_of):
   else:
     np.testing.assert_allclose(grad['w_embedding_VD'], expected_VD, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grad['w_head_DV'], head_VD.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_zeros_has_a_finite_gradient_at_the_least_epsilon():
+  config = from_config_dict({'model': {'norm_eps': 1e-20}})
+  norm_of = lambda x: norm.rms_norm(x, jnp.ones(4), config.model.norm_eps).sum()
+  for x_D in (jnp.zeros(4), jnp.full(4, 1e-15), jnp.full(4, 1e-30)):
+    assert jnp.isfinite(jax.grad(norm_of)(x_D)).all()

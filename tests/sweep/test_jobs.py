@@ -194,16 +194,30 @@ def test_steps_are_read_from_the_end_of_half_written_rows(tmp_path):
   assert jobs.steps_done(tmp_path) == 7
 
 
+@pytest.mark.parametrize(
+  'text', ['', '[' * 100_000, '[true]', '{"finished": "no", "step": "9"}', '\0\0', '{"step": -1}']
+)
+def test_damaged_files_of_a_run_say_nothing(tmp_path, text):
+  for name in ('summary.json', 'metrics.jsonl'):
+    (tmp_path / name).write_text(f'{text}\n')
+  assert not jobs.is_finished(tmp_path)
+  assert jobs.steps_done(tmp_path) == 0
+  for name in ('summary.json', 'metrics.jsonl'):
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+  assert not jobs.is_finished(tmp_path)
+  assert jobs.steps_done(tmp_path) == 0
+
+
 def test_the_command_of_a_run_rebuilds_its_config(tmp_path):
-  """Its flags, read back by the config's own parser, are the run's settings."""
+  """Its flags, read back by the scripts' own parser, are the run's settings."""
   base = overlay(Config(), {'data.paths': 'a/,b/', 'balance.gamma': 3e-5, 'model.tie_embeddings': True})
   run = manifest.make('s', 'x', base, axis('train.steps', [9]), [4]).runs[0]
   made = jobs.job_of(run, tmp_path)
   code = (
-    'import sys; from absl import flags; from ml_collections import config_flags\n'
-    'from moe.config import from_config_dict\n'
-    'CONFIG = config_flags.DEFINE_config_file("config"); flags.DEFINE_string("workdir", "", "")\n'
-    'flags.FLAGS(sys.argv); print(repr(from_config_dict(CONFIG.value)), flags.FLAGS.workdir)'
+    'import sys; from absl import flags; from moe import cli\n'
+    'config = cli.define_config("tiny.py"); flags.DEFINE_string("workdir", "", "")\n'
+    'flags.FLAGS(sys.argv); print(repr(config()), flags.FLAGS.workdir)'
   )
   arguments = made.command[2:]
   done = subprocess.run(

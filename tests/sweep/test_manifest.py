@@ -228,17 +228,54 @@ def test_only_takes_names_that_hold_commas():
     ({'name': 'balanse'}, "--sweep = 'balanse' must be one of balance, gamma"),
     ({'scale': 'huge'}, "--scale = 'huge' must be one of tiny, h200"),
     ({'settings': ['train.stepz=5']}, "unknown setting 'train.stepz'; the nearest valid one is 'train.steps'"),
-    ({'settings': ['train.steps=many']}, "'train.steps=many' must be train.steps= and a value of type int"),
-    ({'settings': ['train.steps']}, 'must be train.steps= and a value'),
-    ({'settings': ['model.tie_embeddings=1']}, 'a value of type bool'),
+    ({'settings': ['train.steps=many']}, "--set = 'train.steps=many': config train.steps = 'many' must be of type int"),
+    ({'settings': ['train.steps']}, "'train.steps' must look like train.seed=3"),
+    ({'settings': ['model.tie_embeddings=1']}, 'must be one of true, false'),
     ({'seeds': ('0', 'one')}, "--seeds = 'one' must be integers"),
     ({'seeds': ('²',)}, "--seeds = '²' must be integers"),
-    ({'definitions': '/no/such/file.py'}, 'cannot read --definitions'),
+    ({'definitions': '/no/such/file.py'}, '--definitions is no Python file that runs: cannot read'),
     ({'definitions': str(pathlib.Path(__file__).parent)}, 'is no Python file that runs'),
-    ({'definitions': str(pathlib.Path(__file__).parents[2] / 'README.md')}, 'is no Python file that runs'),
+    ({'definitions': str(pathlib.Path(__file__).parents[2] / 'README.md')}, r'README\.md.: SyntaxError'),
     ({'definitions': __file__.replace('test_manifest', 'test_variants')}, "has no table 'SWEEPS'"),
   ],
 )
 def test_bad_commands(arguments, message):
   with pytest.raises(UserError, match=message):
     load(**arguments)
+
+
+GOOD_SCALE = 'from moe.config import Config\nSCALES = {"smoke": Config}\n'
+GOOD_SWEEP = 'from moe.sweep.variants import axis\nSWEEPS = {"balance": lambda: axis("balance.gamma", [0.1])}\n'
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('1 / 0', r"--definitions = '.*mine\.py', line 1: ZeroDivisionError: division by zero"),
+    ('import sys\nsys.exit(3)', 'line 2: SystemExit: 3'),
+    ('import no_such_module', "ModuleNotFoundError: No module named 'no_such_module'"),
+    ('SWEEPS, SCALES = 5, {}', "has no table 'SWEEPS'"),
+    (GOOD_SCALE + 'def bad():\n  return [][1]\nSWEEPS = {"balance": bad}', 'line 4: IndexError: list index'),
+    (GOOD_SCALE + 'SWEEPS = {"balance": lambda: None}', "sweep 'balance' .* makes no list of variants"),
+    (GOOD_SCALE + 'SWEEPS = {"balance": lambda: [{"a": 1}]}', "sweep 'balance' .* makes no list of variants"),
+    (GOOD_SCALE + 'SWEEPS = {"balance": []}', "--sweep = 'balance' must be one of balance, each a function"),
+    (GOOD_SWEEP + 'SCALES = {"smoke": lambda: {}}', "scale 'smoke' .* makes dict, not a Config"),
+    (GOOD_SWEEP + 'SCALES = {"smoke": lambda: 1 / 0}', 'line 3: ZeroDivisionError'),
+    (GOOD_SWEEP + 'SCALES = {"smoke": lambda size: size}', 'TypeError: .* missing 1 required positional argument'),
+  ],
+)
+def test_definitions_that_raise_or_make_something_else(tmp_path, text, message):
+  file = tmp_path / 'mine.py'
+  file.write_text(text)
+  with pytest.raises(UserError, match=message):
+    load(definitions=str(file))
+  file.write_text(GOOD_SCALE + GOOD_SWEEP)
+  assert [run.variant for run in load(definitions=str(file)).runs] == ['gamma=0.1']
+
+
+@pytest.mark.parametrize('text', ['[' * 100_000, '{"a":' * 100_000, '\0' * 50, '"sweep"', '{}'])
+def test_a_damaged_sweep_is_one_line(tmp_path, text):
+  manifest.open_folder(tmp_path, sweep())
+  (tmp_path / manifest.FILE).write_text(text)
+  with pytest.raises(UserError, match=r'sweep\.json is damaged or not of a sweep'):
+    manifest.read(tmp_path)

@@ -1,0 +1,63 @@
+"""Paths and Python files as users give them, where anything may stand."""
+
+import contextlib
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe.errors import UserError
+from moe.files import read_bytes
+
+ADDRESS = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')  # gs://bucket, or what pathlib makes of it: gs:/bucket
+
+
+def refuse_address(text: str, name: str) -> None:
+  """Raises UserError if `text`, given as `name`, is an address such as gs://bucket/run and no path."""
+  if ADDRESS.match(text):
+    raise UserError(f'{name} = {text!r} is an address; only paths of this machine work, such as a mounted bucket')
+
+
+def local_path(text: str | Path, name: str) -> Path:
+  """The path that a user gave as `name`, with '~' expanded. Nothing need be there.
+
+  Raises:
+    UserError: an address (gs://bucket/run), '~' of a user without a home, or a path that this system cannot have.
+  """
+  refuse_address(str(text), name)
+  try:
+    path = Path(text).expanduser()
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      os.stat(path)
+  except RuntimeError as error:  # what pathlib raises where there is no home
+    raise UserError(f'{name} = {str(text)!r}: {error}; give the path without ~') from error
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    raise UserError(f'{name} = {str(text)!r}: {getattr(error, "strerror", None) or error}') from error
+  return path
+
+
+def run_python(path: Path, name: str) -> dict[str, Any]:
+  """What a Python file that a user gave as `name` defines. Raises UserError: unreadable, or it raises."""
+  try:
+    source = read_bytes(path)
+  except UserError as error:
+    raise UserError(f'{name} is no Python file that runs: {error}') from error
+  with users_code(path, name):
+    defined = {'__name__': path.stem, '__file__': str(path)}
+    exec(compile(source, str(path), 'exec'), defined)
+    return defined
+
+
+@contextlib.contextmanager
+def users_code(path: Path, name: str) -> Iterator[None]:
+  """Around code of a user's Python file: whatever it raises is a UserError with its line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f', line {lines[-1]}' if lines else ''
+    raise UserError(f'{name} = {str(path)!r}{where}: {type(error).__name__}: {error}') from error
