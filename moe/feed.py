@@ -18,17 +18,9 @@ def train_batch(batches: Batches, step: int, microbatches: int, mesh) -> dict[st
   return _place(rows, (microbatches, size), mesh)
 
 
-def eval_batch(rows: Rows, index: int, size: int, limit: int, mesh) -> dict[str, jax.Array]:
-  """Validation batch `index`: rows index * size onwards, padding from row `limit` on; [1, size, S + 1]."""
-  first = index * size
-
-  def part(_, lo, hi):
-    batch = rows.padded_rows(first + lo, first + hi)
-    past = np.arange(first + lo, first + hi) >= limit
-    batch['segment_BS'][past] = 0
-    return batch
-
-  return _place(part, (1, size), mesh)
+def eval_batch(rows: Rows, chosen: np.ndarray, size: int, mesh) -> dict[str, jax.Array]:
+  """A validation batch: rows `chosen`, int64 [at most size], then padding; [1, size, S + 1]."""
+  return _place(lambda _, lo, hi: rows.padded_rows(chosen[lo:hi], hi - lo), (1, size), mesh)
 
 
 def _place(rows, shape, mesh):

@@ -46,16 +46,27 @@ def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
   Raises:
     UserError: missing, unreadable, not a regular file, or too large.
   """
+  regular(path, most_bytes)
+  try:
+    return Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(f'cannot read {str(path)!r}: {error.strerror}') from error
+  except MemoryError as error:
+    raise UserError(f'cannot read {str(path)!r}: it is larger than the memory') from error
+
+
+def regular(path: Path, most_bytes: int | None = None) -> os.stat_result:
+  """Status of a regular file, behind links. Raises UserError as `read_bytes`, which reads it."""
   try:
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-      kind = 'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or device'
-      raise UserError(f'cannot read {str(path)!r}: it is {kind}, not a file')
-    if most_bytes is not None and found.st_size > most_bytes:
-      raise UserError(f'{str(path)!r} has {found.st_size:,} bytes; at most {most_bytes:,} are read')
-    return Path(path).read_bytes()
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     raise UserError(f'cannot read {str(path)!r}: {getattr(error, "strerror", None) or error}') from error
+  if not stat.S_ISREG(found.st_mode):
+    kind = 'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or device'
+    raise UserError(f'cannot read {str(path)!r}: it is {kind}, not a file')
+  if most_bytes is not None and found.st_size > most_bytes:
+    raise UserError(f'{str(path)!r} has {found.st_size:,} bytes; at most {most_bytes:,} are read')
+  return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

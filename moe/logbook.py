@@ -37,9 +37,8 @@ class Logbook:
     try:
       self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
       self._files[name].flush()
-      for key, value in row.items():
-        if key != 'step' and isinstance(value, (int, float)):
-          self._board.add_scalar(key, value, row['step'])
+      for tag, value in _numbers(row):
+        self._board.add_scalar(tag, value, row['step'])
     except OSError as error:
       raise UserError(f'cannot write to {self._path / name}.jsonl: {error.strerror}') from error
 
@@ -47,6 +46,16 @@ class Logbook:
     for file in self._files.values():
       file.close()
     self._board.close()
+
+
+def _numbers(row):
+  """(TensorBoard's tag, number); evaluations are tagged by what they are of, as 'sample/val_loss', 'full/val_loss'."""
+  of = f'{row["set"]}/' if 'set' in row else ''
+  for key, value in row.items():
+    if isinstance(value, dict):
+      yield from ((f'{key}/{name}', number) for name, number in value.items())
+    elif key != 'step' and isinstance(value, (int, float)):
+      yield of + key, value
 
 
 def _cut_back(path: pathlib.Path, step: int):

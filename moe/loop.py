@@ -2,8 +2,6 @@
 
 import collections
 import contextlib
-import functools
-import json
 import math
 import pathlib
 import signal
@@ -19,11 +17,11 @@ from moe import evaluate, feed, flops, mesh, run_dir, state, step
 from moe.balance import metrics as balance_metrics
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config
-from moe.data import baselines
-from moe.data.batches import Batches, pack
-from moe.data.cached import cached
+from moe.data import prepare
+from moe.data.batches import Batches
+from moe.data.cached import cache_dir
 from moe.data.corpus import load_corpus
-from moe.data.tokenizer import ByteTokenizer, cache_dir, load_tokenizer
+from moe.data.tokenizer import load_tokenizer
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.inference.generate import continuation
@@ -51,21 +49,23 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
   mesh.check_memory(config, device_mesh)
   run_dir.check_run(path, config)
   use_compilation_cache(config)
-  corpus = load_corpus(config.data)
+  corpus = load_corpus(config.data, leave_out=[path])
   tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
-  rows = _rows(corpus, tokenizer, config.data)
+  rows = prepare.pack_splits(corpus, tokenizer, config.data)
   run_dir.make_dir(path)
   if jax.process_index() == 0:
+    for line in prepare.describe(path, corpus, tokenizer, rows, config.data):  # first: it refuses other text
+      say(line)
     run_dir.describe_run(path, config, device_mesh, command or run_dir.command_line())
-    _describe_data(path, corpus, tokenizer, rows, config.data)
   with _stop_on_signal() as stop, contextlib.closing(Run(config, path, device_mesh, rows, tokenizer)) as run:
     return run.finish() if run.train(stop) else None
 
 
 def use_compilation_cache(config: Config) -> None:
-  """Keeps compiled programs on disk, unless JAX's own setting already says where."""
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(cache_dir(config.data) / 'xla'))
+  """Keeps compiled programs on disk, unless JAX's own setting already says where, or there is no cache."""
+  folder = cache_dir(config.data)
+  if folder and not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'xla'))
 
 
 class Run:
@@ -127,7 +127,7 @@ class Run:
           trace.close()
         # Evaluated first, so that whoever resumes from this checkpoint finds the evaluation in the log.
         if evaluating and self.done < total:
-          self._evaluate(train.eval_sequences)
+          self._evaluate()
         if saving:
           self._save()
       while pending:
@@ -140,7 +140,7 @@ class Run:
 
   def finish(self) -> dict:
     """Final evaluation, sample and report. Returns the summary, {} on all processes but the first."""
-    self._evaluate(0)
+    self._evaluate_all()
     if self.config.train.sample_tokens:
       text = self._sample()
       if self.logbook:
@@ -169,12 +169,31 @@ class Run:
       },
     )
 
-  def _evaluate(self, sequences):
-    result = evaluate.evaluate(self.eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+  def _evaluate(self):
+    """Logs a point of the curve of validation losses: on the same rows at every step."""
+    found = self._measured(self.config.train.eval_sequences)
+    self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+
+  def _evaluate_all(self):
+    """Logs the result of the run, on all rows; beside it the curve's last point, where that has been on a sample."""
+    found = {'set': 'full', **self._measured(0)}
+    if self._is_sample() and self.config.train.eval_every:
+      sample = self._measured(self.config.train.eval_sequences)
+      found['sample'] = {key: value for key, value in sample.items() if key != 'load_LE'}
+    self._log_evaluation(found)
+
+  def _is_sample(self):
+    return len(self.rows['val'].spread(self.config.train.eval_sequences)) < len(self.rows['val'])
+
+  def _measured(self, sequences):
+    return evaluate.evaluate(self.eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+
+  def _log_evaluation(self, found):
     if self.logbook:
-      self.logbook.write('evals', {'step': self.done, **result})
-    bits, vio = result['val_bits_per_byte'], result['max_vio_global']
-    say(f'step {self.done}: validation {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
+      self.logbook.write('evals', {'step': self.done, **found})
+    bits, vio = found['val_bits_per_byte'], found['max_vio_global']
+    what = 'validation' if found['set'] == 'full' else 'sample of the validation text'
+    say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
     self._row_time = time.perf_counter()  # evaluation is not the next step's time
 
   def _record(self, done, out, bar):
@@ -251,56 +270,3 @@ def _stop_on_signal():
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
-
-
-def _rows(corpus, tokenizer, data):
-  """Packed training and validation text. Encoded text is kept, unless it is bytes, which takes no time to encode."""
-
-  def rows(split, documents, what):
-    if isinstance(tokenizer, ByteTokenizer):
-      return pack(documents, tokenizer, data.seq_len, what)
-    keep = functools.partial(cached, data, f'tokens-{tokenizer.digest}-{corpus.digest}-{split}')
-    return pack(documents, tokenizer, data.seq_len, what, keep)
-
-  return {
-    'train': rows('train', corpus.train, 'the training text'),
-    'val': rows('val', corpus.val, 'the validation text'),
-  }
-
-
-def _describe_data(path: pathlib.Path, corpus, tokenizer, rows, data):
-  """Writes data.json and tokenizer.json. Raises UserError if the text is not the one the run began with."""
-  file = path / 'data.json'
-  if file.exists():
-    old = json.loads(file.read_text('utf-8'))
-    if old['digest'] != corpus.digest:
-      raise UserError(
-        f'the run in {path} began with other text ({old["corpus"]}, {old["train_bytes"] + old["val_bytes"]} bytes); '
-        'restore it or choose another workdir'
-      )
-  else:
-    old = {
-      'corpus': corpus.name,
-      'digest': corpus.digest,
-      'tokenizer': tokenizer.name,
-      'train_bytes': corpus.train_bytes,
-      'val_bytes': corpus.val_bytes,
-      'train_tokens': rows['train'].num_targets,
-      'val_tokens': rows['val'].num_targets,
-      **{name: float(value) for name, value in _baselines(corpus, data).items()},
-    }
-    tokenizer.save(path / 'tokenizer.json')
-    write_atomically(file, json.dumps(old, indent=2) + '\n')
-  megabytes = (old['train_bytes'] + old['val_bytes']) / 1e6
-  say(
-    f'corpus: {old["corpus"]}, {megabytes:.1f} MB; on its validation split a byte trigram takes '
-    f'{old["trigram_bits_per_byte"]:.3f} bits/byte, gzip {old["gzip_bits_per_byte"]:.3f}'
-  )
-
-
-def _baselines(corpus, data):
-  make = lambda: {
-    'trigram_bits_per_byte': baselines.trigram_bits_per_byte(corpus.train, corpus.val),
-    'gzip_bits_per_byte': baselines.gzip_bits_per_byte(corpus.val),
-  }
-  return cached(data, f'baselines-{corpus.digest}', make)

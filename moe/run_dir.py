@@ -16,7 +16,7 @@ from moe.state import count_parameters
 
 # What must not change while a run goes on: the rest (learning rate, steps, mesh, dispatch, ...) may.
 FIXED = ('model', 'data', 'balance.bias_rule', 'train.seed', 'train.batch_size')
-FREE = ('data.cache_dir',)
+FREE = ('data.cache_dir', 'data.paths', 'data.tokenizer')  # text and tokenizer are compared themselves: data.prepare
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'ml-collections', 'tokenizers')
 
 

@@ -25,18 +25,28 @@ class Rows:
   document_starts: np.ndarray  # int64 [documents], ascending: where in token_N each BOS is
   seq_len: int  # S
   num_bytes: int  # text bytes that token_N encodes
+  token_bytes_V: np.ndarray | None = None  # how many of them each id stands for, see Tokenizer; None: all as many
 
   @property
   def num_targets(self) -> int:
-    """Tokens that are predicted from a token of their document: all but the BOS's.
-
-    Bits per byte = nats per target / ln 2 * `num_targets` / `num_bytes`.
-    """
+    """Tokens that are predicted from a token of their document: all but the BOS's."""
     return len(self.token_N) - len(self.document_starts)
 
-  @property
-  def targets_per_byte(self) -> float:
-    return self.num_targets / self.num_bytes
+  def spread(self, num_rows: int) -> np.ndarray:
+    """Indices of `num_rows` rows at equal distances over the whole stream, int64 [rows], ascending; 0: of all rows."""
+    if not 0 < num_rows < len(self):
+      return np.arange(len(self))
+    return (2 * np.arange(num_rows) + 1) * len(self) // (2 * num_rows)
+
+  def bytes_of(self, chosen: np.ndarray) -> float:
+    """Bytes of text that the targets of rows `chosen`, int64 [rows], stand for; `num_bytes` for all rows.
+
+    Exact where `token_bytes_V` is. Where that is near, so is this: its sum over all rows is scaled to `num_bytes`.
+    """
+    size_N = np.ones(len(self.token_N), np.int32) if self.token_bytes_V is None else self.token_bytes_V[self.token_N]
+    size_N[self.document_starts] = 0
+    size_R = np.add.reduceat(size_N[1:], np.arange(0, len(size_N) - 1, self.seq_len), dtype=np.int64)
+    return float(self.num_bytes * int(size_R[chosen].sum()) / max(1, int(size_R.sum())))
 
   def __len__(self) -> int:
     return -(-(len(self.token_N) - 1) // self.seq_len)
@@ -57,13 +67,10 @@ class Rows:
     row['segment_BS'][0, : len(tokens)] = document - document[0] + 1
     return {'token_S': row['token_BS'][0], 'segment_S': row['segment_BS'][0]}
 
-  def padded_rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
-    """Rows lo..hi in order, for evaluation: `token_BS` and `segment_BS`, int32 [hi-lo, S+1].
-
-    Rows past `len(self)` are all padding (segment 0), so that the last batch has the shape of the others.
-    """
-    batch = _padding(hi - lo, self.seq_len)
-    for b, i in enumerate(range(lo, min(hi, len(self)))):
+  def padded_rows(self, chosen: Sequence[int], num_rows: int) -> dict[str, np.ndarray]:
+    """Rows `chosen`, and padding (segment 0) up to `num_rows`: `token_BS` and `segment_BS`, int32 [num_rows, S+1]."""
+    batch = _padding(num_rows, self.seq_len)
+    for b, i in enumerate(chosen):
       row = self[i]
       batch['token_BS'][b], batch['segment_BS'][b] = row['token_S'], row['segment_S']
     return batch
@@ -74,25 +81,26 @@ def pack(
   tokenizer: Tokenizer,
   seq_len: int,
   what: str = 'the corpus',
-  keep: Callable[[Callable[[], dict]], dict] = lambda encode: encode(),
+  keep: Callable[[Callable, Callable], dict] = lambda encode, fits: encode(),
 ) -> Rows:
   """Encodes `documents` into one stream and cuts it into rows of `seq_len` targets.
 
   Args:
     what: names the documents in errors, such as 'the validation text'.
-    keep: calls its argument, which encodes, or returns what that gave before.
+    keep: calls its first argument, which encodes, or returns what that gave before, if it `fits`, its second.
 
   Raises:
     UserError: the stream is shorter than one row.
   """
-  stream = keep(lambda: _encode(documents, tokenizer))
+  stream = keep(lambda: _encode(documents, tokenizer), lambda stream: _fits(stream, len(documents), tokenizer))
   num_tokens = len(stream['token_N'])
   if num_tokens < seq_len + 1:
     raise UserError(
       f'sequence longer than {what}: data.seq_len = {seq_len} needs {seq_len + 1} tokens, but {what} has only '
       f'{num_tokens}; lower data.seq_len or give more text'
     )
-  return Rows(**stream, seq_len=seq_len, num_bytes=sum(len(document.text) for document in documents))
+  num_bytes = sum(len(document.text) for document in documents)
+  return Rows(**stream, seq_len=seq_len, num_bytes=num_bytes, token_bytes_V=tokenizer.token_bytes())
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -107,6 +115,19 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, np
     'token_N': np.concatenate([*parts, np.zeros(0, dtype)]),
     'document_starts': np.cumsum([0, *lengths[:-1]], dtype=np.int64),
   }
+
+
+def _fits(stream: dict[str, np.ndarray], num_documents: int, tokenizer: Tokenizer) -> bool:
+  """Whether these are token_N and document_starts of so many documents: ids within range, and a BOS at each start."""
+  token_N, starts = stream['token_N'], stream['document_starts']
+  if len(starts) != num_documents or token_N.dtype.kind not in 'iu' or starts.dtype.kind != 'i':
+    return False
+  if not num_documents:
+    return not len(token_N)
+  if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(token_N):
+    return False
+  known = 0 <= token_N.min() <= token_N.max() < tokenizer.vocab_size
+  return bool(known and (token_N[starts] == tokenizer.bos_id).all())
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:

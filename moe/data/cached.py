@@ -1,35 +1,91 @@
 """What is derived from a corpus and takes long, kept on disk for the next run of the same text."""
 
-import zipfile
+import hashlib
+import io
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from moe.config import DataConfig
-from moe.data.tokenizer import cache_dir
 from moe.errors import UserError
-from moe.files import replacing
+from moe.files import read_bytes, replacing
+
+DIGEST = 'sha256'  # key of the digest of all other values of a file
 
 
-def cached(data: DataConfig, name: str, make: Callable[[], dict]) -> dict[str, np.ndarray]:
-  """`make()`, a dict of arrays and numbers, or what it gave when it was last called under this name.
+def cache_dir(data: DataConfig) -> Path | None:
+  """Folder for derived files: `data.cache_dir`, else moe-lossfree below $XDG_CACHE_HOME or ~/.cache.
+
+  None, so that nothing is kept, where there is no home or the folder cannot be made or written to.
+  """
+  if data.cache_dir:
+    return Path(os.path.expanduser(data.cache_dir))
+  path = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'moe-lossfree'
+  try:
+    if path.is_absolute():  # '~' stays where there is no home
+      path.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return None
+  return path if os.access(path, os.W_OK | os.X_OK) else None
+
+
+def cached(
+  data: DataConfig, name: str, make: Callable[[], dict], fits: Callable[[dict], bool] = lambda values: True
+) -> dict[str, np.ndarray]:
+  """`make()`, a dict of arrays, numbers and strings, or what it gave when it was last called under this name.
+
+  A file that is damaged, or that anyone else has written, is made again, with a remark on stderr.
 
   Args:
     data: see `cache_dir`.
     name: of the file, without suffix; names all that the values depend on.
+    fits: whether values may be what `make` gives.
 
   Raises:
-    UserError: the file is damaged, or cannot be written.
+    UserError: `data.cache_dir` is set and cannot be written to.
   """
-  path = cache_dir(data) / f'{name}.npz'
-  try:
-    with path.open('rb') as opened, np.load(opened) as file:
-      return dict(file)
-  except FileNotFoundError:
-    pass
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f'cached {str(path)!r} is damaged, delete it: {error}') from error
+  folder = cache_dir(data)
+  path = folder and folder / f'{name}.npz'
+  if path and os.path.lexists(path):
+    try:
+      values = _read(path)
+      if fits(values):
+        return values
+      problem = 'its values cannot be'
+    except Exception as error:  # damaged zip archives raise nearly anything
+      problem = f'{type(error).__name__} {error}'
+    print(f'cached {str(path)!r} is damaged or old, and made again: {problem}'[:300], file=sys.stderr)
   values = {key: np.asarray(value) for key, value in make().items()}
-  with replacing(path) as temporary, temporary.open('wb') as file:
-    np.savez(file, **values)
+  if path:
+    _write(path, values, data)
   return values
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(read_bytes(path))) as file:
+    values = dict(file)
+  if str(values.pop(DIGEST)) != _digest(values):
+    raise ValueError('its digest is another')
+  return values
+
+
+def _write(path: Path, values: dict[str, np.ndarray], data: DataConfig):
+  try:
+    with replacing(path) as temporary, temporary.open('wb') as file:
+      np.savez(file, **values, **{DIGEST: np.asarray(_digest(values))})
+  except UserError as error:
+    if data.cache_dir:
+      raise UserError(f'{error}; data.cache_dir = {data.cache_dir!r} names the folder') from error
+    print(f'nothing is kept for the next run: {error}', file=sys.stderr)
+
+
+def _digest(values: dict[str, np.ndarray]) -> str:
+  """sha256 (hex) of names, types, shapes and bytes."""
+  sha = hashlib.sha256()
+  for key, value in sorted(values.items()):
+    sha.update(f'{key} {value.dtype.str} {value.shape}\n'.encode())
+    sha.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8) if value.size else b'')
+  return sha.hexdigest()

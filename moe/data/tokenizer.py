@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import os
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import tokenizers
 
 from moe.config import DataConfig
+from moe.data.cached import cached
 from moe.data.corpus import Corpus
 from moe.errors import UserError
 from moe.files import write_atomically
 
 BOS_NAMES = ('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>', '<|endoftext|>')
+MAX_GROWTH = 1000  # a normalizer may multiply text by so much; Llama's, which marks spaces, doubles it at most
 MIN_BPE_VOCAB = 258  # 256 bytes, BOS and one merge; with less it is the byte tokenizer
 
 
@@ -41,6 +44,13 @@ class Tokenizer(ABC):
   @abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids` [tokens]; broken UTF-8 becomes U+FFFD, BOS and ids outside the vocabulary become nothing."""
+
+  @abstractmethod
+  def token_bytes(self) -> np.ndarray:
+    """How many bytes of text each id stands for, int32 [vocab_size]; 0 for BOS and ids without a token.
+
+    Exact for bytes and byte-level BPE; of other kinds of tokens, such as lower-cased words, the length of their names.
+    """
 
   @abstractmethod
   def to_json(self) -> str:
@@ -69,6 +79,9 @@ class ByteTokenizer(Tokenizer):
   def decode(self, ids: Sequence[int]) -> str:
     return bytes(int(i) for i in ids if 0 <= i < 256).decode('utf-8', errors='replace')
 
+  def token_bytes(self) -> np.ndarray:
+    return (np.arange(self.vocab_size) != self.bos_id).astype(np.int32)
+
   def to_json(self) -> str:
     return json.dumps({'type': 'byte'})
 
@@ -82,6 +95,7 @@ class JsonTokenizer(Tokenizer):
       self._tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
       raise ValueError(str(error)) from error
+    _check_growth(self._tokenizer.normalizer)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True  # '<s>' within a document must not become a BOS
@@ -108,25 +122,49 @@ class JsonTokenizer(Tokenizer):
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
     return self._tokenizer.decode(kept, skip_special_tokens=False)
 
+  def token_bytes(self) -> np.ndarray:
+    sizes, vocab = np.zeros(self.vocab_size, np.int32), self._tokenizer.get_vocab()
+    symbols = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
+    byte_level = symbols <= vocab.keys()
+    for name, token in vocab.items():
+      if byte_level and symbols.issuperset(name):
+        sizes[token] = len(name)
+      elif re.fullmatch('<0x[0-9A-F]{2}>', name):  # SentencePiece's bytes
+        sizes[token] = 1
+      else:
+        sizes[token] = len(name.removeprefix('##').replace('▁', ' ').encode())  # WordPiece's and SentencePiece's marks
+    sizes[self.bos_id] = 0
+    return sizes
+
   def to_json(self) -> str:
     return self._tokenizer.to_str()
 
 
-def cache_dir(data: DataConfig) -> Path:
-  """Folder for derived files: `data.cache_dir`, else moe-lossfree below $XDG_CACHE_HOME or ~/.cache."""
-  if data.cache_dir:
-    return Path(data.cache_dir).expanduser()
-  return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree'
+def _check_growth(normalizer):
+  """Raises UserError if encoding text may take memory out of proportion, in which the library ends the process."""
+  growth = _growth(json.loads(normalizer.__getstate__())) if normalizer else 1
+  if growth > MAX_GROWTH:
+    raise UserError(
+      f'tokenizer whose normalizer multiplies text by up to {growth:.3g}; at most {MAX_GROWTH} is allowed'
+    )
+
+
+def _growth(spec: dict) -> float:
+  """How many characters a normalizer, as tokenizer.json spells it, may make of one by what it puts in."""
+  if spec['type'] == 'Sequence':
+    return math.prod(float(_growth(part)) for part in spec['normalizers'])
+  matches_nothing = spec['type'] == 'Prepend' or 'Regex' in spec.get('pattern', ())  # so that what was there stays
+  return max(1, len(spec.get('content', spec.get('prepend', ''))) + matches_nothing)
 
 
 def load_tokenizer(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
   """The tokenizer that `data.tokenizer` names, checked to fit a model of `vocab_size` token ids.
 
-  'bpe' is a byte-level BPE of at most `vocab_size` ids, trained on the training documents and cached in
-  `cache_dir(data)`; a corpus with too few distinct pairs yields fewer ids.
+  'bpe' is a byte-level BPE of at most `vocab_size` ids, trained on the training documents and `cached`; a corpus with
+  too few distinct pairs yields fewer ids.
 
   Raises:
-    UserError: `vocab_size` too small, or a missing, unreadable, invalid or corrupt tokenizer file.
+    UserError: `vocab_size` too small, or a missing, unreadable or invalid tokenizer file.
   """
   if data.tokenizer == 'byte':
     tokenizer = ByteTokenizer()
@@ -183,12 +221,5 @@ def _cached_bpe(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokenizer:
       f"data.tokenizer = 'bpe' needs model.vocab_size of at least {MIN_BPE_VOCAB} (bytes, BOS and a merge), "
       f'not {vocab_size}'
     )
-  path = cache_dir(data) / f'bpe-{vocab_size}-{corpus.digest}' / 'tokenizer.json'
-  if os.path.exists(path):
-    try:
-      return load_saved(path)
-    except UserError as error:
-      raise UserError(f'cached tokenizer is corrupt, delete it: {error}') from error
-  tokenizer = train_bpe(corpus, vocab_size)
-  tokenizer.save(path)
-  return tokenizer
+  make = lambda: {'tokenizer': train_bpe(corpus, vocab_size).to_json()}
+  return JsonTokenizer(str(cached(data, f'bpe-{vocab_size}-{corpus.digest}', make)['tokenizer']))

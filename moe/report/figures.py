@@ -37,6 +37,7 @@ LAYER_COLORS = ListedColormap(matplotlib.colormaps['viridis'](np.linspace(0, 0.9
 def loss(run: 'Run') -> Figure | None:
   """Training loss (raw and running mean) and validation loss, with the trigram and gzip baselines.
 
+  Where the evaluations on the way were of a sample, its points are a curve and the whole text's stand apart.
   The axis is bits per byte, nats per token / ln 2 * tokens per byte, where data.json counts the tokens and bytes of the
   training text; nats per token where it does not.
   """
@@ -46,10 +47,8 @@ def loss(run: 'Run') -> Figure | None:
   scale = _bits_per_byte(run)
   figure, axes = panel('bits per byte' if scale else 'nats per token', HEIGHT_IN * 1.15)
   curve(axes, steps, nats * (scale or 1), BLUE, 'training')
-  key = 'val_bits_per_byte' if scale else 'val_loss'
-  points = [(row['step'], row[key]) for row in run.evals if _finite(row.get(key))]
-  if points:
-    axes.plot(*zip(*points, strict=True), 'o', color=ORANGE, markeredgecolor='white', label='validation', zorder=4)
+  for label, marker, points in _evaluations(run, 'val_bits_per_byte' if scale else 'val_loss'):
+    axes.plot(*zip(*points, strict=True), marker, color=ORANGE, markeredgecolor='white', label=label, zorder=4)
   for name, style in (('trigram', '--'), ('gzip', ':')) if scale else ():
     value = run.data.get(f'{name}_bits_per_byte')
     if _finite(value):
@@ -97,7 +96,9 @@ def heat_maps(run: 'Run') -> list[tuple[str, Figure]]:
   picks = sorted({0, len(history) // 2, len(history) - 1}) if history else []
   loads = [(f'Training batch, step {history[i]["step"]}', history[i]['load_LE']) for i in picks]
   if run.evals:
-    loads.append((f'Validation set, step {run.evals[-1]["step"]}', run.evals[-1]['load_LE']))
+    last = run.evals[-1]
+    of = 'Validation sample' if last.get('set') == 'sample' else 'Validation set'
+    loads.append((f'{of}, step {last["step"]}', last['load_LE']))
   return [(title, _heat_map(run.layer_names, load_LE)) for title, load_LE in loads]
 
 
@@ -152,6 +153,18 @@ def save_png(figure: Figure, path: pathlib.Path) -> None:
   """Writes the figure to `path`, whole or not at all. Raises UserError."""
   with replacing(path) as temporary:
     figure.savefig(temporary, dpi=120, format='png')
+
+
+def _evaluations(run, key):
+  """(label, marker, [(step, value)]) of each set of rows that was evaluated."""
+  beside = lambda row: row['sample'] if isinstance(row.get('sample'), dict) else {}
+  sample = [(row['step'], row if row.get('set') == 'sample' else beside(row)) for row in run.evals]
+  full = [(row['step'], row) for row in run.evals if row.get('set') != 'sample']
+  drawn = []
+  for label, marker, rows in (('validation', 'o', full), ('validation, a sample', 'o', sample)):
+    if points := [(step, row[key]) for step, row in rows if _finite(row.get(key))]:
+      drawn.append((label, marker, points))
+  return [('validation, all', 'D', drawn[0][2]), drawn[1]] if len(drawn) > 1 else drawn
 
 
 def _bits_per_byte(run):

@@ -23,7 +23,12 @@ def page(run: 'Run', summary: dict[str, Any]) -> str:
     f'<p class="verdict">{escape(verdict(summary))}</p>',
     _tables(run, summary),
     '<div class="grid">',
-    section('Loss', _LOSS, image('Loss by step', figures.loss(run)), 'No finite training loss was logged.'),
+    section(
+      'Loss',
+      _LOSS + _SAMPLE * _is_sampled(run),
+      image('Loss by step', figures.loss(run)),
+      'No finite training loss was logged.',
+    ),
     section('Balance over training', _VIO, image('MaxVio by step', figures.max_vio(run)), _NO_LOADS),
     '</div>',
     section('Load by layer and expert', _HEAT, grid(figures.heat_maps(run)), _NO_LOADS),
@@ -46,8 +51,13 @@ def verdict(summary: dict[str, Any]) -> str:
   bits, vio, floor = summary['val_bits_per_byte'], summary['max_vio_global'], summary['max_vio_noise_floor']
   parts = []
   if bits is not None:
-    baselines = [_against(bits, summary[f'{name}_bits_per_byte'], name) for name in ('trigram', 'gzip')]
-    parts.append(', '.join([f'{bits:.3f} bits per byte on validation text', *filter(None, baselines)]) + '.')
+    of = 'a sample of the validation text' if 'evaluated_on' in summary else 'validation text'
+    lost = summary.get('tokenizer_loses')
+    # What a tokenizer loses is not paid for: such a figure compares with nothing.
+    baselines = [] if lost else [_against(bits, summary[f'{name}_bits_per_byte'], name) for name in ('trigram', 'gzip')]
+    parts.append(', '.join([f'{bits:.3f} bits per byte on {of}', *filter(None, baselines)]) + '.')
+    if lost:
+      parts.append(f'The tokenizer loses text ({lost:.0%} of a sample), so the figure compares with no other.')
   if vio is not None and floor:
     parts.append(f'MaxVio_global {vio:.3g}, {vio / floor:.1f} times the {floor:.3g} of random balanced routing.')
   elif vio is not None:
@@ -59,6 +69,7 @@ _LOSS = (
   'Cross-entropy of the next token: each training batch faint, its running mean bold. Horizontal lines: a trigram '
   'model and gzip on the validation text.'
 )
+_SAMPLE = ' The points of a sample are of the same rows of the validation text at every step.'
 _VIO = (
   'MaxVio = (load of the busiest expert - mean) / mean in one training batch, per layer. Dashed: the expected MaxVio '
   'of a random router without any preference on as many tokens.'
@@ -69,6 +80,10 @@ _SPEED = 'Training tokens per second; the dashed line is the median.'
 _NO_LOADS = 'No expert loads were logged.'
 _NO_SPEED = 'No throughput was logged.'
 _HEALTH = 'Spread of the routing bias over all experts and layers, and the optimizer around it.'
+
+
+def _is_sampled(run):
+  return any(row.get('set') == 'sample' for row in run.evals)
 
 
 def _state(steps, planned, finished):

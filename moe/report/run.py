@@ -113,7 +113,9 @@ def summarize(run: Run) -> dict[str, Any]:
   means over the last 10% of the rows, `tokens_per_s`, `model_tflop_per_s` and `mfu` are medians over all rows.
   `*_global` come from the expert loads of the last evaluation, averaged over the MoE layers and MTP modules;
   `max_vio_noise_floor` is the max_vio that random balanced routing of as many tokens would show. `train_s` is
-  `step_s` times the steps since the row before, summed.
+  `step_s` times the steps since the row before, summed. Two keys are there only where they say something:
+  `evaluated_on` is 'sample' where the run stopped before all of the validation text was evaluated, and
+  `tokenizer_loses` is the share of a sample of the text that does not come back from decode(encode(text)).
   """
   last_step, last_eval = run.rows[-1]['step'], run.evals[-1] if run.evals else {}
   done, tail = run.setting('train.steps'), math.ceil(TAIL_FRACTION * len(run.rows))
@@ -126,6 +128,8 @@ def summarize(run: Run) -> dict[str, Any]:
     'active_parameters': _number(run.info.get('active_parameters')),
     'train_loss_last_20_rows': _mean(run.rows[-20:], 'loss'),
     **{key: _number(last_eval.get(key)) for key in ('val_loss', 'val_perplexity', 'val_bits_per_byte')},
+    **({'evaluated_on': 'sample'} if last_eval.get('set') == 'sample' else {}),
+    **({'tokenizer_loses': lost} if (lost := _number(run.data.get('tokenizer_loses'))) else {}),
     **{key: _number(run.data.get(key)) for key in ('trigram_bits_per_byte', 'gzip_bits_per_byte')},
     'corpus': run.data.get('corpus'),
     **{key: _number(run.data.get(key)) for key in ('train_bytes', 'val_bytes')},

@@ -1,6 +1,7 @@
 """Round trips, the BPE cache, saved tokenizers, and bad tokenizer files."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ import tokenizers
 from moe.config import DataConfig
 from moe.data import tokenizer as tokenizer_lib
 from moe.data.corpus import Corpus, Document
-from moe.data.tokenizer import BOS_NAMES, ByteTokenizer, cache_dir, load_saved, load_tokenizer, train_bpe
+from moe.data.tokenizer import BOS_NAMES, ByteTokenizer, load_saved, load_tokenizer, train_bpe
 from moe.errors import UserError
 
 TEXTS = [
@@ -30,7 +31,7 @@ def bpe_config(tmp_path):
 
 
 def cache_file(tmp_path):
-  (file,) = (tmp_path / 'cache').rglob('*.json')
+  (file,) = (tmp_path / 'cache').rglob('*.npz')
   return file
 
 
@@ -108,24 +109,26 @@ def test_bpe_is_cached(tmp_path, monkeypatch):
   assert cache_file(tmp_path).stat().st_mtime_ns == stamp
   load_tokenizer(data, 280, CORPUS)
   load_tokenizer(data, 300, Corpus(CORPUS.train[:-1], CORPUS.val, ''))
-  assert len(list((tmp_path / 'cache').rglob('*.json'))) == 3
+  assert len(list((tmp_path / 'cache').rglob('*.npz'))) == 3
   assert not list((tmp_path / 'cache').rglob('*.tmp'))
 
 
-def test_corrupt_cache(tmp_path):
+def test_a_damaged_cached_tokenizer_is_trained_again(tmp_path, capsys):
   data = bpe_config(tmp_path)
-  load_tokenizer(data, 300, CORPUS)
+  first = load_tokenizer(data, 300, CORPUS)
   file = cache_file(tmp_path)
-  file.write_text(file.read_text()[:100])
-  with pytest.raises(UserError, match='corrupt, delete it.*' + re.escape(str(file))):
-    load_tokenizer(data, 300, CORPUS)
+  file.write_bytes(file.read_bytes()[:100])
+  assert load_tokenizer(data, 300, CORPUS).to_json() == first.to_json()
+  assert 'made again' in capsys.readouterr().err
+  load_tokenizer(data, 300, CORPUS)
+  assert not capsys.readouterr().err
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
   def replace(*args):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(tokenizer_lib.os, 'replace', replace)
+  monkeypatch.setattr(os, 'replace', replace)
   with pytest.raises(UserError, match=r'cannot write .*No space left'):
     load_tokenizer(bpe_config(tmp_path), 300, CORPUS)
   assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file()]
@@ -137,13 +140,52 @@ def test_unusable_cache_folder(tmp_path):
     load_tokenizer(bpe_config(tmp_path), 300, CORPUS)
 
 
-def test_cache_dir(monkeypatch, tmp_path):
-  monkeypatch.setenv('HOME', str(tmp_path))
-  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
-  assert cache_dir(DataConfig()) == tmp_path / '.cache/moe-lossfree'
-  assert cache_dir(DataConfig(cache_dir='~/mine')) == tmp_path / 'mine'
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
-  assert cache_dir(DataConfig()) == tmp_path / 'xdg/moe-lossfree'
+LLAMA = tokenizers.Tokenizer(
+  tokenizers.models.BPE(
+    {'<s>': 0, '▁': 1, 't': 2, 'h': 3, 'e': 4, '▁t': 5, '▁th': 6, '▁the': 7, '<0xC3>': 8, '<0xA9>': 9},
+    [('▁', 't'), ('▁t', 'h'), ('▁th', 'e')],
+    byte_fallback=True,
+  )
+)
+LLAMA.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+
+
+def test_token_bytes_count_what_the_tokens_encode(bpe):
+  texts = [text.encode() for text in TEXTS]
+  for tokenizer in (ByteTokenizer(), bpe):
+    sizes = tokenizer.token_bytes()
+    assert sizes.shape == (tokenizer.vocab_size,)
+    assert [sizes[ids].sum() for ids in tokenizer.encode_batch(texts)] == [len(text) for text in texts]
+    assert not sizes[tokenizer.bos_id]
+  llama = tokenizer_lib.JsonTokenizer(LLAMA.to_str())
+  ids = llama.encode(' the \N{LATIN SMALL LETTER E WITH ACUTE}e'.encode())
+  assert llama.token_bytes()[ids].tolist() == [4, 1, 1, 1, 1]
+
+
+def growing(normalizer):
+  tokenizer = tokenizers.Tokenizer.from_str(LLAMA.to_str())
+  tokenizer.normalizer = normalizer
+  return tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+  'normalizer',
+  [
+    tokenizers.normalizers.Replace('a', 'b' * 10**6),
+    tokenizers.normalizers.Prepend('b' * 10**6),
+    tokenizers.normalizers.Sequence([tokenizers.normalizers.Replace('a', 'a' * 10)] * 6),
+    tokenizers.normalizers.Replace(tokenizers.Regex('x*'), 'b' * 1000),
+  ],
+)
+def test_a_normalizer_that_multiplies_text_is_refused(normalizer):
+  with pytest.raises(UserError, match='multiplies text'):
+    tokenizer_lib.JsonTokenizer(growing(normalizer))
+
+
+def test_usual_normalizers_are_not_refused():
+  usual = [tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁'), tokenizers.normalizers.NFKC()]
+  found = tokenizer_lib.JsonTokenizer(growing(tokenizers.normalizers.Sequence(usual)))
+  assert found.encode(b'the').tolist() == [7]
 
 
 def test_save_and_restore(bpe, tmp_path):
