@@ -39,7 +39,7 @@ def test_any_pieces_give_the_text_of_all_tokens(size):
   tokenizer = json_tokenizer(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]))
   of_bytes = lambda text: [3 + byte for byte in text.encode()]
   tokens = [0, 1, 2, *of_bytes(' ä€😀'), 1, 0, *of_bytes('é'), 0, 259, 2, 3 + 0xC3, 2, 1]
-  stream = TextStream(tokenizer)
+  stream = TextStream(tokenizer, before=())
   said = [stream.add(tokens[i : i + size], last=i + size >= len(tokens)) for i in range(0, len(tokens), size)]
   assert ''.join(said) == stream.text == tokenizer.decode(tokens)
   assert stream.text == 'one twothree ä€😀 two oneé one' + 'three\N{REPLACEMENT CHARACTER}three two'
