@@ -57,6 +57,10 @@ class Tokenizer(ABC):
       UserError: `text` is not UTF-8 and the tokenizer works on characters.
     """
 
+  def encode_special(self, text: str) -> list[int]:
+    """Token ids of a text in which what spells a special token is one; nothing is added."""
+    return list(map(int, self.encode(text.encode())))
+
   def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of each text, in parallel where the tokenizer can."""
     return [self.encode(text) for text in texts]
@@ -156,6 +160,10 @@ class JsonTokenizer(Tokenizer):
       raise UserError(f'tokenizer {self.name} needs UTF-8 text: {error}') from error
     encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_special(self, text: str) -> list[int]:
+    special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
+    return special.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]

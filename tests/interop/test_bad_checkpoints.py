@@ -94,7 +94,13 @@ def test_config_that_we_cannot_represent(broken, changes, what):
 
 
 @pytest.mark.parametrize(
-  ('text', 'what'), [(None, 'it has no config.json'), ('{', 'is no valid JSON'), ('[]', 'holds no JSON object, but list')]
+  ('text', 'what'),
+  [
+    (None, 'it has no config.json'),
+    ('{', 'is no valid JSON'),
+    ('[]', 'holds no JSON object, but list'),
+    ('{"a":' * 100_000, 'nested too deeply'),
+  ],
 )
 def test_no_config(broken, text, what):
   (broken / 'config.json').unlink()
