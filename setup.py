@@ -4,7 +4,7 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'nbclient', 'ipykernel']
+TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel']
 
 setup(
   name='moe-lossfree',
@@ -37,6 +37,7 @@ setup(
     'cuda13': ['jax[cuda13]>=0.10.2'],
     'tpu': ['jax[tpu]>=0.10.2'],
     'parquet': ['pyarrow'],
+    'chat': ['jinja2>=3.1.6'],  # generate.py --chat; older ones have holes in their sandbox
     'ray': ['ray>=2.40'],  # sweeps over a cluster
     'notebooks': ['jupyterlab', 'ipykernel'],
     'test': TEST,

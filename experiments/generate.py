@@ -2,8 +2,10 @@
 
 python experiments/generate.py --checkpoint=runs/tiny --prompt="def "
 python experiments/generate.py --checkpoint=runs/tiny --prompt="def " --drafts=1 --temperature=0
+python experiments/generate.py --checkpoint=folder --prompt="What is a monad?" --chat
 
 Text streams to stdout as it comes, or, with several prompts, when all of them have ended; figures go to stderr.
+--chat asks, by the chat template of the folder that the model is from, and prints the answer only.
 --drafts speculates: the model's MTP module proposes so many tokens, and the model checks them in one pass.
 """
 
@@ -19,8 +21,8 @@ from absl import flags
 from moe import cli
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
+from moe.inference import chat, generate, quantize, weights
 from moe.inference import flags as model_flags
-from moe.inference import generate, quantize, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.text import TextStream
@@ -32,6 +34,7 @@ CACHE_TOKENS = flags.DEFINE_integer(
   'cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.', lower_bound=0
 )
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Of the softmax; 0 is greedy.')
+CHAT = flags.DEFINE_bool('chat', False, "Ask, by the chat template of the model's folder; only the answer is printed.")
 TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the likeliest tokens only; 0: from all.')
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that hold this probability; 1: from all.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of the first prompt; the next one has the next.')
@@ -64,16 +67,18 @@ def main(argv):
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-  """The tokens of a document that begins with `text`."""
+  """The tokens of a document that begins with `text`, or of a conversation that does."""
   try:
-    return [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]
+    if CHAT.value:
+      return chat.encode([{'role': 'user', 'content': text}], tokenizer)
+    return [*tokenizer.begin_ids, *map(int, tokenizer.encode(text.encode()))]
   except UnicodeEncodeError as error:
     raise UserError(f'the prompt {text!r} is not UTF-8: {error}') from error
 
 
 def show(generator: generate.Generator, prompts: list[list[int]], seeds: list[int], tokenizer: Tokenizer) -> None:
   """Generates, and prints the texts and the figures."""
-  streams, alone = [TextStream(tokenizer, STOP.value) for _ in prompts], len(prompts) == 1
+  streams, alone = [TextStream(tokenizer, STOP.value, prompt) for prompt in prompts], len(prompts) == 1
 
   def add(row, tokens):
     new = streams[row].add(tokens)
@@ -81,12 +86,13 @@ def show(generator: generate.Generator, prompts: list[list[int]], seeds: list[in
       print(new, end='', flush=True)
     return streams[row].stopped
 
-  if alone:
+  if alone and not CHAT.value:
     print(PROMPT.value[0], end='', flush=True)
   completions, stats = generator.run(prompts, MAX_TOKENS.value, seeds, add)
   for prompt, stream, completion in zip(PROMPT.value, streams, completions, strict=True):
     rest = stream.add([], last=completion.finish != 'stopped')
-    print(rest if alone else f'--- {completion.finish} ---\n{prompt}{stream.text}')
+    shown = f'{prompt}\n' if CHAT.value else prompt
+    print(rest if alone else f'--- {completion.finish} ---\n{shown}{stream.text}')
   print(stats, file=sys.stderr)
 
 

@@ -54,7 +54,7 @@ class ModelConfig:
   yarn_mscale: float = 1.0  # softmax scale is multiplied by (0.1 * yarn_mscale * ln(factor) + 1)^2
   mtp_depth: int = 1  # multi-token-prediction modules
   tie_embeddings: bool = False  # the output head reuses the embedding
-  norm_eps: float = 1e-6  # of every RMSNorm
+  norm_eps: float = 1e-6  # of every RMSNorm but those of MLA's latents, which have 1e-6
   init_std: float = 0.02  # of every weight matrix
 
   @property

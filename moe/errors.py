@@ -14,3 +14,9 @@ def one_line(error) -> str:
     return line
   end = MOST_CHARACTERS // 3  # what would be valid stands last
   return f'{line[: MOST_CHARACTERS - end - 5]} ... {line[-end:]}'
+
+
+def short(value: object, most: int = 80) -> str:
+  """`repr` of a value that a file holds, cut so that a line that shows it stays readable."""
+  text = repr(value)
+  return text if len(text) <= most else f'{text[: most - 4]} ...'

@@ -51,6 +51,8 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
   use_compilation_cache(config)
   corpus = load_corpus(config.data, leave_out=[path])
   tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
+  for remark in tokenizer.remarks:
+    say(remark)
   rows = prepare.pack_splits(corpus, tokenizer, config.data)
   run_dir.make_dir(path)
   if jax.process_index() == 0:

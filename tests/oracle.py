@@ -192,11 +192,11 @@ def attention(x_BSD, segment_BS, w, model):
         v_SU = x_SD @ w['w_value_DHU'][:, h]
       else:
         if model.q_lora_rank:
-          latent_SA = rms_norm(x_SD @ w['w_query_down_DA'], w['scale_query_A'], model.norm_eps)
+          latent_SA = rms_norm(x_SD @ w['w_query_down_DA'], w['scale_query_A'], 1e-6)
           q_nope, q_rope = latent_SA @ w['w_query_AHN'][:, h], latent_SA @ w['w_query_rope_AHR'][:, h]
         else:
           q_nope, q_rope = x_SD @ w['w_query_DHN'][:, h], x_SD @ w['w_query_rope_DHR'][:, h]
-        latent_SC = rms_norm(x_SD @ w['w_kv_down_DC'], w['scale_kv_C'], model.norm_eps)
+        latent_SC = rms_norm(x_SD @ w['w_kv_down_DC'], w['scale_kv_C'], 1e-6)
         q_S = np.concatenate([q_nope, rope(q_rope, frequency_P)], axis=1)
         k_rope = rope(x_SD @ w['w_key_rope_DR'], frequency_P)
         k_S = np.concatenate([latent_SC @ w['w_key_CHN'][:, h], k_rope], axis=1)

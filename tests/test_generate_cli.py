@@ -159,7 +159,7 @@ def test_what_a_folder_says(run, folder, tmp_path):
   (other / 'generation_config.json').write_text('{"eos_token_id": 5}')
   assert load.load(other, MeshConfig()).eos_ids == (5,)
   (other / 'generation_config.json').write_text('[')
-  with pytest.raises(UserError, match=r'generation_config\.json is not a JSON object'):
+  with pytest.raises(UserError, match=r'generation_config\.json is no valid JSON'):
     load.load(other, MeshConfig())
 
 

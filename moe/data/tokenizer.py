@@ -1,8 +1,10 @@
 """Text to token ids and back: raw bytes, a BPE trained on the corpus, or any `tokenizer.json`."""
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,13 +14,20 @@ import numpy as np
 import tokenizers
 
 from moe.config import DataConfig
+from moe.data import folder_tokens
 from moe.data.cached import cached
 from moe.data.corpus import Corpus
+from moe.data.folder_tokens import FolderTokens
 from moe.errors import UserError
-from moe.files import write_atomically
+from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, write_atomically
 
-BOS_NAMES = ('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>', '<|endoftext|>')
+FILE = 'tokenizer.json'
 MAX_GROWTH = 1000  # a normalizer may multiply text by so much; Llama's, which marks spaces, doubles it at most
+# Taken, in this order, where nothing names the token that starts a document; the first is that of our own BPE.
+BOS_NAMES = (
+  *('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>'),
+  *('<bos>', '[BOS]', '<|startoftext|>', '<|endoftext|>'),
+)
 MIN_BPE_VOCAB = 258  # 256 bytes, BOS and one merge; with less it is the byte tokenizer
 
 
@@ -28,6 +37,21 @@ class Tokenizer(ABC):
   name: str
   vocab_size: int  # largest id + 1
   bos_id: int
+  folder: FolderTokens = folder_tokens.NOTHING  # what the folder of its file says of its tokens
+  remarks: Sequence[str] = ()  # lines for the user
+
+  @property
+  def begin_ids(self) -> tuple[int, ...]:
+    """Tokens before a prompt that begins a document."""
+    return (self.bos_id,)
+
+  def token_id(self, text: str) -> int | None:
+    """The id of the token with this text, special ones too, if there is one."""
+    return None
+
+  def token_text(self, id: int) -> str | None:
+    """The text of the token with this id, special ones too, if there is one."""
+    return None
 
   @abstractmethod
   def encode(self, text: bytes) -> np.ndarray:
@@ -36,6 +60,10 @@ class Tokenizer(ABC):
     Raises:
       UserError: `text` is not UTF-8 and the tokenizer works on characters.
     """
+
+  def encode_special(self, text: str) -> list[int]:
+    """Token ids of a text in which what spells a special token is one; nothing is added."""
+    return list(map(int, self.encode(text.encode())))
 
   def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
     """`encode` of each text, in parallel where the tokenizer can."""
@@ -58,11 +86,12 @@ class Tokenizer(ABC):
 
   @property
   def digest(self) -> str:
-    """sha256 (hex) of `to_json`."""
-    return hashlib.sha256(self.to_json().encode()).hexdigest()
+    """sha256 (hex) of `to_json`, and of BOS where a folder names it: of all that encoded documents depend on."""
+    return hashlib.sha256((self.to_json() + (str(self.bos_id) if self.folder.texts else '')).encode()).hexdigest()
 
   def save(self, path: str | Path) -> None:
-    """Writes a file from which `load_saved` restores this tokenizer."""
+    """Writes a file, tokenizer.json, from which `load_saved` restores this tokenizer, and beside it `folder`."""
+    self.folder.save(Path(path).parent)
     write_atomically(Path(path), self.to_json())
 
 
@@ -89,8 +118,13 @@ class ByteTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
   """A tokenizer of the `tokenizers` library."""
 
-  def __init__(self, text: str):
-    """`text`: contents of a tokenizer.json. Raises ValueError if they are not one, UserError without a known BOS."""
+  def __init__(self, text: str, folder: FolderTokens = folder_tokens.NOTHING):
+    """Makes it from the contents of a tokenizer.json and what its folder says.
+
+    Raises:
+      ValueError: `text` is no tokenizer.json.
+      UserError: nothing names BOS and none of BOS_NAMES is there; or as `FolderTokens.bos`.
+    """
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific
@@ -99,13 +133,37 @@ class JsonTokenizer(Tokenizer):
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True  # '<s>' within a document must not become a BOS
-    vocab = self._tokenizer.get_vocab()
-    found = [name for name in BOS_NAMES if name in vocab]
-    if not found:
-      raise UserError(f'tokenizer has no token that could start a document; it needs one of {" ".join(BOS_NAMES)}')
-    self.bos_id = vocab[found[0]]
+    self.folder, vocab = folder, self._tokenizer.get_vocab()
+    self.bos_id, self.remarks, self._begin_ids = self._bos(vocab)
     self.vocab_size = max(vocab.values()) + 1
     self.name = f'{type(self._tokenizer.model).__name__.lower()}-{self.vocab_size}'
+
+  def _bos(self, vocab):
+    """BOS, remarks for the user, and what stands before a prompt."""
+    encoding = self._tokenizer.encode('a')
+    marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)  # 1: put there by the template
+    of_template = tuple(id for id, _ in itertools.takewhile(lambda pair: pair[1], marked))
+    known = lambda id: self.token_text(id) is not None
+    bos_id, remarks = self.folder.bos(self.token_id, of_template, known)
+    if bos_id is None:
+      name = next((name for name in BOS_NAMES if name in vocab), None)
+      if name is None:
+        names = ' '.join(BOS_NAMES)
+        raise UserError(f'tokenizer has no token that could start a document; it needs one of {names}')
+      bos_id = vocab[name]
+      if name != BOS_NAMES[0]:
+        remarks.append(f'nothing says which token starts a document; taken: {name!r}, token {bos_id}')
+    return bos_id, remarks, self.folder.begin_ids(bos_id, of_template)
+
+  @property
+  def begin_ids(self) -> tuple[int, ...]:
+    return self._begin_ids
+
+  def token_id(self, text: str) -> int | None:
+    return self._tokenizer.token_to_id(text)
+
+  def token_text(self, id: int) -> str | None:
+    return self._tokenizer.id_to_token(id) if 0 <= id < 2**32 else None
 
   def encode(self, text: bytes) -> np.ndarray:
     return self.encode_batch([text])[0]
@@ -117,6 +175,10 @@ class JsonTokenizer(Tokenizer):
       raise UserError(f'tokenizer {self.name} needs UTF-8 text: {error}') from error
     encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_special(self, text: str) -> list[int]:
+    special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
+    return special.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
@@ -181,21 +243,27 @@ def load_tokenizer(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokeniz
 
 
 def load_saved(path: str | Path) -> Tokenizer:
-  """Restores what `Tokenizer.save` wrote, or reads any tokenizer.json. Raises UserError naming `path`."""
+  """Restores what `Tokenizer.save` wrote, or reads any tokenizer.json, and what its folder says of its tokens.
+
+  Raises:
+    UserError: naming `path`, or the file beside it that is damaged.
+  """
   path = Path(path).expanduser()
+  if not os.path.lexists(path):
+    raise UserError(
+      f"tokenizer {str(path)!r} does not exist; data.tokenizer is 'byte', 'bpe' or the path of a tokenizer.json"
+    )
   try:
-    text = path.read_text('utf-8')
-  except FileNotFoundError as error:
-    message = f"tokenizer {str(path)!r} does not exist; data.tokenizer is 'byte', 'bpe' or the path of a tokenizer.json"
-    raise UserError(message) from error
-  except (OSError, UnicodeDecodeError) as error:
+    text = read_bytes(path, MAX_JSON_BYTES).decode('utf-8')
+  except (UserError, UnicodeDecodeError) as error:
     raise UserError(f'cannot read tokenizer {str(path)!r}: {error}') from error
+  if parse_json(text, f'{str(path)!r} is not a valid tokenizer.json: it') == {'type': 'byte'}:
+    return ByteTokenizer()
+  folder = folder_tokens.read(path.parent) if path.name == FILE else folder_tokens.NOTHING
   try:
-    if json.loads(text) == {'type': 'byte'}:
-      return ByteTokenizer()
-    return JsonTokenizer(text)
+    return JsonTokenizer(text, folder)
   except ValueError as error:
-    raise UserError(f'{str(path)!r} is not a valid tokenizer.json: {error}') from error
+    raise UserError(f'{str(path)!r} is not a valid tokenizer.json: {str(error)[:160]}') from error
   except UserError as error:
     raise UserError(f'{str(path)!r}: {error}') from error
 

@@ -8,4 +8,5 @@ steps      what the device does: a prompt's chunk, a token, drafts and their che
 sampling   logits -> tokens
 generate   the host's side: prompts in, tokens out
 text       tokens -> text, as they come
+chat       a conversation -> tokens, by a folder's template
 """

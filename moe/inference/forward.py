@@ -19,7 +19,7 @@ from moe.config import Config, ModelConfig
 from moe.inference.quantize import is_quantized
 from moe.mesh import BATCH_AXES
 from moe.model import dispatch, transformer
-from moe.model.norm import rms_norm
+from moe.model.norm import LATENT_EPS, rms_norm
 from moe.model.rope import angles, softmax_scale, turn
 from moe.model.router import choose, route_logits
 from moe.ops import few_rows, grouped_matmul, latent_attention, latent_inputs_gpu, weights
@@ -140,18 +140,18 @@ def mla(w: dict, cache_BTW, x_TD, chunk: Chunk, model: ModelConfig):
   down_PTF = query_PTQ = project(x_TD, w['w_in_DF'])
   if model.q_lora_rank:
     query_TA = down_PTF.sum(0)[:, : model.q_lora_rank].astype(x_TD.dtype)
-    query_PTQ = project(rms_norm(query_TA, w['scale_query_A'], model.norm_eps), w['w_query_AHN'])
+    query_PTQ = project(rms_norm(query_TA, w['scale_query_A'], LATENT_EPS), w['w_query_AHN'])
   rows_BS = rows_to_write(cache_BTW, chunk)
   inputs = Inputs(
     query_PTQ, down_PTF, w['w_key_CHN'], w['scale_kv_C'], chunk.cos_BSR, chunk.sin_BSR, rows_BS, cache_BTW
   )
-  absorb = lambda *inputs: absorbed(Inputs(*inputs), model.norm_eps)
+  absorb = lambda *inputs: absorbed(Inputs(*inputs), LATENT_EPS)
   if lax.axis_size('tensor') == 1 and len(x_TD) <= latent_inputs_gpu.FEW_TOKENS:
-    on_gpu = lambda *inputs: latent_inputs_gpu.absorb(Inputs(*inputs), model.norm_eps)
+    on_gpu = lambda *inputs: latent_inputs_gpu.absorb(Inputs(*inputs), LATENT_EPS)
     q_BSHW, cache_BTW = lax.platform_dependent(*align(*inputs), cuda=on_gpu, default=absorb)
     cache_BTW = lax.psum(cache_BTW, 'tensor')  # for its type's sake: there is one shard
   else:
-    q_BSHW, cache_BTW = absorbed(inputs, model.norm_eps)
+    q_BSHW, cache_BTW = absorbed(inputs, LATENT_EPS)
   out_BSHU = latent_attention.attend(q_BSHW, cache_BTW, chunk.position_BS, w['w_value_CHU'], softmax_scale(model))
   return project(out_BSHU.reshape(len(x_TD), -1), w['w_out_HUD']), cache_BTW
 

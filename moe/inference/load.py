@@ -1,7 +1,6 @@
 """A trained model, ready to generate: from a run directory or a Hugging Face folder."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from moe import sharding
 from moe.checkpoint import Checkpoints
 from moe.config import Config, DataConfig, MeshConfig, PrecisionConfig
+from moe.data import folder_tokens
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
 from moe.interop import hf_config
@@ -58,12 +58,11 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
   if of_hf and not (path / 'config.json').is_file():
     raise UserError(f'{path} is neither a run directory nor a folder with a Hugging Face checkpoint')
   setup_devices(mesh)
-  fields, remarks = {}, []
   if of_hf:
-    checkpoint, fields = open_checkpoint(path), hf_config.read(path)
-    base, remarks = _config_of(checkpoint.model, fields), checkpoint.remarks
+    checkpoint = open_checkpoint(path)
+    base, remarks = _config_of(checkpoint.model, hf_config.read(path)), checkpoint.remarks
   else:
-    base = read_config(path)
+    base, remarks = read_config(path), []
   read_by = _tokenizer(path, tokenizer, base.model.vocab_size)
   config = for_inference(base, mesh, compute)
   device_mesh = make_mesh(config)
@@ -74,7 +73,8 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     step = 0
   else:
     params, bias_LE, step = _restore(path, config, device_mesh)
-  return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_ids(path, fields, read_by), remarks)
+  remarks = [*remarks, *read_by.remarks]
+  return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_ids(path, read_by), remarks)
 
 
 def _config_of(model, fields):
@@ -99,17 +99,12 @@ def _tokenizer(path, given, vocab_size):
   return tokenizer
 
 
-def _eos_ids(path, fields, tokenizer):
-  """The end tokens that a Hugging Face folder names, in its generation_config.json or else its config.json; where none
-  is named BOS, as in our runs, where the next document begins."""
-  file = path / 'generation_config.json'
-  try:
-    named = json.loads(file.read_text()).get('eos_token_id') if file.is_file() else None
-  except (OSError, ValueError, AttributeError) as error:
-    raise UserError(f'{file} is not a JSON object: {error}') from error
-  named = fields.get('eos_token_id') if named is None else named
-  named = named if isinstance(named, list) else [named]
-  return tuple(token for token in named if isinstance(token, int)) or (tokenizer.bos_id,)
+def _eos_ids(path, tokenizer):
+  """The end tokens that the folder names, or the one that a run was imported from. BOS where none is named, and in
+  every run that trained, for there the next document begins with it."""
+  named = folder_tokens.read(path).eos_ids(tokenizer.token_id)
+  trained = not named or (path / 'data.json').exists()
+  return tuple(dict.fromkeys((*named, tokenizer.bos_id) if trained else named))
 
 
 def _restore(path, config, mesh):

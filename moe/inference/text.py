@@ -14,14 +14,24 @@ class TextStream:
   Characters whose bytes have not all come, and what may become a stop string, are held back.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-    """stops: texts at which it ends, themselves not part of it. Raises UserError if one is empty."""
+  def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), before: Sequence[int] | None = None):
+    """Nothing said yet.
+
+    Args:
+      stops: texts at which it ends, themselves not part of it.
+      before: tokens that it continues, such as a prompt's, () or BOS alone at the beginning of a text; None: some word.
+        A tokenizer may drop the first space of what it decodes, and only there.
+
+    Raises:
+      UserError: a stop is empty.
+    """
     if '' in stops:
       raise UserError('a stop string is empty; give at least one character, or no --stop at all')
     self.tokenizer, self.stops, self.stopped, self.text = tokenizer, tuple(stops), False, ''
     # The newest tokens, whose text is decoded anew as it grows: of them the older ones' is known and only gives the
-    # newer ones their context (a tokenizer may drop the first space of what it decodes).
-    self._tokens, self._older, self._known, self._held = [], 0, 0, ''
+    # newer ones their context.
+    self._tokens = list(tokenizer.encode(b'a') if before is None else before)
+    self._older, self._known, self._held = len(self._tokens), len(tokenizer.decode(self._tokens)), ''
 
   def add(self, tokens: Sequence[int], last: bool = False) -> str:
     """New text that is certain after `tokens`; all there is if they are the `last`."""

@@ -9,6 +9,9 @@
 """
 
 import functools
+import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ import numpy as np
 
 from moe.errors import UserError
 from moe.interop.names import Tensor
-from moe.interop.shards import DTYPES, FLOATS, Stored
+from moe.interop.shards import DTYPES, EXPONENT, FLOATS, Stored
 from moe.ops import weights
 from moe.ops.fp8 import BLOCKS
 
@@ -28,6 +31,16 @@ PARTS = {
   'fp8': (('', 1, 1, 'F8_E4M3'), (SCALE_INV, BLOCK, BLOCK, 'F32')),
   'mxfp4': ((PACKED, 2, 1, 'U8'), (SCALE, GROUP, 1, 'U8')),
 }
+# Of each dtype: its bits without the sign, and the least of them that is no finite number.
+BITS = {
+  np.dtype(np.float32): (np.uint32, 0x7FFFFFFF, 0x7F800000),
+  np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
+  np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
+  np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, 0x7F, 0x7F),
+  np.dtype(np.uint8): (np.uint8, 0xFF, 0xFF),
+}
+# Experts of a layer in one tensor [experts, outputs, inputs], gate above up, as transformers 5 holds them.
+FUSED = re.compile(rf'(.*\.mlp\.experts)\.(gate_up|down)_proj({SCALE_INV}|{PACKED}|{SCALE})?')
 # The value of each code.
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 E8M0 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -73,6 +86,39 @@ def _quantize(w_KN, kind):
   return weights.quantize(jnp.asarray(w_KN), kind)
 
 
+def unified(stored: dict[str, Stored]) -> dict[str, Stored]:
+  """The same tensors as DeepSeek's files name and describe them: experts one by one, MXFP4's exponents as U8.
+
+  Raises:
+    UserError: experts in one tensor, whose halves cannot be told apart.
+  """
+  found = {}
+  for name, one in stored.items():
+    fused = FUSED.fullmatch(name) if len(one.shape) == 3 and math.prod(one.shape) and one.dtype in DTYPES else None
+    found |= _experts(one, *fused.groups('')) if fused else {name: one}
+  for name, one in found.items():
+    if one.dtype == EXPONENT and name.removesuffix(SCALE) + PACKED in found:
+      found[name] = one._replace(dtype='U8')
+  return found
+
+
+def _experts(fused, prefix, kind, suffix):
+  """The parts of a tensor of all experts of a layer, which lie there one after the other."""
+  kinds = ('gate', 'up') if kind == 'gate_up' else (kind,)
+  experts, outputs, inputs = fused.shape
+  rows = outputs // len(kinds)
+  if outputs % len(kinds) or (len(kinds) > 1 and fused.dtype == 'F8_E4M3' and rows % BLOCK):
+    raise UserError(f'{fused.file}: {prefix}.{kind}_proj{suffix} has {outputs} rows, which are no two whole halves')
+  bytes_each = rows * inputs * np.dtype(DTYPES[fused.dtype]).itemsize
+  return {
+    f'{prefix}.{expert}.{one}_proj.weight{suffix}': fused._replace(
+      shape=(rows, inputs), start=fused.start + (expert * len(kinds) + half) * bytes_each
+    )
+    for expert in range(experts)
+    for half, one in enumerate(kinds)
+  }
+
+
 def kind_of(stored: dict[str, Stored], name: str) -> str | None:
   """How the files hold `name`: a kind, or None for plain floats."""
   if name + PACKED in stored:
@@ -94,7 +140,7 @@ def check(name: str, stored: dict[str, Stored], shape: tuple[int, ...]) -> None:
   if kind != 'mxfp4':
     if found.shape != shape:
       raise UserError(f'{found.file}: {name} has shape {list(found.shape)} and must have {list(shape)}')
-    if found.dtype not in DTYPES or found.dtype == 'U8':
+    if found.dtype not in FLOATS and kind is None:
       raise UserError(f'{found.file}: {name} is {found.dtype} and must be one of {", ".join(FLOATS)}, F8_E4M3')
   wanted = described(name, shape, found.dtype, kind)
   for suffix in ('', SCALE_INV, PACKED, SCALE):
@@ -104,7 +150,7 @@ def check(name: str, stored: dict[str, Stored], shape: tuple[int, ...]) -> None:
   for part, (dtype, size) in wanted.items():
     if part not in stored:
       raise UserError(f'{found.file}: {name} is {kind} and {part} is missing')
-    have, floats = stored[part], dtype == 'F32' and stored[part].dtype in FLOATS
+    have, floats = stored[part], dtype == 'F32' and stored[part].dtype in (*FLOATS, EXPONENT)
     if have.shape != size or not (have.dtype == dtype or floats):
       raise UserError(f'{have.file}: {part} is {have.dtype} {list(have.shape)} and must be {dtype} {list(size)}')
 
@@ -114,17 +160,36 @@ def read(stored: dict[str, Stored], name: str, rows: np.ndarray, columns: np.nda
 
   Args:
     rows, columns: indices; a vector is one column. Only what they name is read from the disk.
+
+  Raises:
+    UserError: a number is not finite.
   """
   kind = kind_of(stored, name)
   if kind == 'mxfp4':
     byte = _take(stored[name + PACKED], rows, columns // 2)
     code = np.where(columns % 2, byte >> 4, byte & 15)
-    return E2M1[code] * E8M0[_take(stored[name + SCALE], rows, columns // GROUP)]
-  value = _take(stored[name], rows, columns)
+    value = E2M1[code] * E8M0[_take(stored[name + SCALE], rows, columns // GROUP)]
+  else:
+    value = _take(stored[name], rows, columns)
   if kind == 'fp8':
     scale = _take(stored[name + SCALE_INV], rows // BLOCK, columns // BLOCK)
-    return value.astype(np.float32) * scale.astype(np.float32)
+    with np.errstate(over='ignore'):
+      value = value.astype(np.float32) * scale.astype(np.float32)
+  check_finite(value, stored.get(name, stored.get(name + PACKED)).file, name)
   return value
+
+
+def check_finite(values: np.ndarray, file: Path, name: str) -> None:
+  """Refuses NaN and infinities, from which no model speaks. Raises UserError.
+
+  Args:
+    values: floats as the files hold them, or uint8 codes of exponents.
+    file, name: where they stand.
+  """
+  kind, mask, least = BITS[values.dtype]
+  # By their bits: of 16-bit floats, numpy asks one after the other.
+  if values.size and (values.view(kind) & kind(mask)).max() >= least:
+    raise UserError(f'{file}: {name} holds a number that is not finite (NaN or infinity)')
 
 
 def _take(stored, rows, columns):

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from moe import run_dir
 from moe.checkpoint import Checkpoints
 from moe.config import Config
+from moe.data import folder_tokens
+from moe.data.tokenizer import load_saved
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.folder import new_folder
@@ -43,8 +45,11 @@ def import_run(source: Path, run: Path, config: Config | None = None) -> list[st
   lines, tokenizer = list(checkpoint.remarks), _tokenizer(checkpoint)
   if tokenizer is None:
     lines.append(f'no tokenizer.json in {source}; set data.tokenizer')
+  else:
+    lines += load_saved(tokenizer).remarks
   settings = Config(model=checkpoint.model)
   with new_folder(run, _plan(checkpoint)) as folder:
+    folder_tokens.read(source).save(folder)
     if tokenizer is not None:
       shutil.copyfile(tokenizer, folder / 'tokenizer.json')
       path = str((run / 'tokenizer.json').absolute())

@@ -6,6 +6,7 @@ tensors.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from moe.model.parameters import is_float32
 from moe.ops.weights import Fp8Weight, Mxfp4Weight
 
 ROWS = 4096  # compared at a time
+ROTARY = '.rotary_emb.inv_freq'  # frequencies, which follow from the config; some files hold them
 THREADS = 8  # a transposed copy is bound by the memory's latency
 FEED_FORWARD = ('_DF', '_FD', '_eDF', '_eFD')  # suffixes of the weights that can stay quantised
 
@@ -50,10 +52,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     UserError: not a DeepSeek-V3 checkpoint, or one of its tensors is unknown, missing, misshapen or damaged.
   """
   file = folder / 'config.json'
-  model, stored, remarks = hf_config.from_hf(hf_config.read(folder), file), shards.open_folder(folder), []
+  model, remarks = hf_config.from_hf(hf_config.read(folder), file), []
+  stored = {name: one for name, one in shards.open_folder(folder).items() if not name.endswith(ROTARY)}
+  stored = formats.unified(stored)
   if model.mtp_depth and not any(name.startswith(f'model.layers.{model.num_layers}.') for name in stored):
     remarks.append(f'{file} names {model.mtp_depth} MTP module(s) and the files hold none: loaded without')
     model = dataclasses.replace(model, mtp_depth=0)
+  _check_sizes(model, stored, file)
   tensors, copies, shapes = names.table(model), names.copies(model), array_shapes(model)
   if model.tie_embeddings:
     copies.append(names.head(model))
@@ -71,6 +76,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if tensor.name in present:
       _check_copy(stored, tensor, expected[tensor.name])
   return Checkpoint(folder, model, stored, remarks)
+
+
+def _check_sizes(model, stored, file):
+  """Refuses what the files cannot hold, before the tables of a model of that size are made."""
+  if names.EMBEDDING in stored:  # it says best which of vocabulary and width is wrong
+    formats.check(names.EMBEDDING, stored, (model.vocab_size, model.d_model))
+  largest = max((side for one in stored.values() for side in one.shape), default=0)
+  layers, experts = (
+    len({found[1] for name in stored if (found := re.match(pattern, name))})
+    for pattern in (r'model\.layers\.(\d+)\.', r'model\.layers\.\d+\.mlp\.experts\.(\d+)\.')
+  )
+  limits = {'num_layers': layers, 'mtp_depth': layers - model.num_layers, 'num_experts': experts}
+  sides = [ours for ours in hf_config.SIDES if ours != 'd_ff' or model.num_dense_layers]
+  for ours, limit in (limits | dict.fromkeys(sides, largest)).items():
+    if getattr(model, ours) > limit:
+      held = f'no tensor has a side above {limit}' if ours in sides else f'the files hold {max(limit, 0)}'
+      raise UserError(f'{file} has {hf_config.theirs(ours)} = {getattr(model, ours)}, but {held}')
 
 
 def array_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -100,7 +122,8 @@ def load(checkpoint: Checkpoint, mesh, specs: dict, dtype: str, quantized: bool 
     Global arrays as the nested dict of `transformer.abstract_params`, the vocabulary's padding 0; bias_LE, replicated.
 
   Raises:
-    UserError: quantised blocks that would lie on two devices, or an array quantised in parts.
+    UserError: a number that is not finite; quantised blocks that would lie on two devices, or an array quantised in
+      parts.
   """
   shapes, flat = array_shapes(checkpoint.model), flatten(specs)
   sources = {name: [] for name in shapes}
@@ -160,14 +183,15 @@ def _quantized(checkpoint, name, shape, place, sources, kinds):
         )
     *lead, K, N = shape
     small = (*lead, -(-K // per_K), -(-N // per_N))
-    leaves.append(_assemble(small, place, _raw(checkpoint.stored, small, sources, suffix)))
+    leaves.append(_assemble(small, place, _raw(checkpoint.stored, name, small, sources, suffix)))
   return Fp8Weight(*leaves) if kind == 'fp8' else Mxfp4Weight(*leaves)
 
 
-def _raw(stored, shape, sources, suffix) -> Callable:
+def _raw(stored, name, shape, sources, suffix) -> Callable:
   """As `_values`, of the files' own numbers; scales become float32."""
   files = [(tensor.views[0], stored[tensor.name + suffix]) for tensor, _ in sources]
-  dtype = np.float32 if files[0][1].dtype in shards.FLOATS else shards.DTYPES[files[0][1].dtype]
+  of_scales = files[0][1].dtype in (*shards.FLOATS, shards.EXPONENT)
+  dtype = np.float32 if of_scales else shards.DTYPES[files[0][1].dtype]
 
   def values(box):
     found = np.empty([edge.stop - edge.start for edge in box], dtype)
@@ -175,6 +199,8 @@ def _raw(stored, shape, sources, suffix) -> Callable:
       if meet := names.overlap(view, shape, box):
         in_box, in_view = meet
         found[in_box] = file.read().T[in_view]
+        if suffix != formats.PACKED:
+          formats.check_finite(found[in_box], file.file, f'{name}, {suffix or "weights"}')
     return found
 
   return values

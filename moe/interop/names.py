@@ -154,7 +154,8 @@ def _moe_layer(model, theirs, ours, index, router):
   """`index` picks the layer out of stacked arrays, `router` its row of bias_LE."""
   tensors = _norms_and_attention(model, theirs, ours, index)
   tensors.append(Tensor(f'{theirs}.mlp.gate.weight', (View(f'{ours}.w_router_DE', index),)))
-  tensors.append(Tensor(f'{theirs}.mlp.gate.e_score_correction_bias', (View('bias_LE', (router,)),), 0))
+  if model.score_fn == 'sigmoid':  # DeepSeek-V2 has no bias; ours is 0
+    tensors.append(Tensor(f'{theirs}.mlp.gate.e_score_correction_bias', (View('bias_LE', (router,)),), 0))
   for kind, name in (('gate', 'w_gate_eDF'), ('up', 'w_up_eDF'), ('down', 'w_down_eFD')):
     for expert in range(model.num_experts):  # inside, so that one of our arrays is read at a time
       view = View(f'{ours}.experts.{name}', (*index, expert))

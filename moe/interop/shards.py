@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +13,15 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from moe.errors import UserError
+from moe.errors import UserError, short
+from moe.files import parse_json, read_json
 
 INDEX = 'model.safetensors.index.json'
 SINGLE = 'model.safetensors'
 FLOATS = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
-DTYPES = FLOATS | {'F8_E4M3': ml_dtypes.float8_e4m3fn, 'U8': np.uint8}  # numpy's safetensors cannot read all of them
+EXPONENT = 'F8_E8M0'  # a power of two, in newer files the dtype of scales
+# Numpy's safetensors cannot read all of them.
+DTYPES = FLOATS | {'F8_E4M3': ml_dtypes.float8_e4m3fn, EXPONENT: ml_dtypes.float8_e8m0fnu, 'U8': np.uint8}
 
 NAMED = {'bfloat16': 'BF16', 'float32': 'F32'}  # what we write and compute in, as safetensors calls it
 
@@ -41,52 +45,49 @@ class Stored(NamedTuple):
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-  """Every tensor of the checkpoint in `folder`, by name.
+  """Every tensor of the checkpoint in `folder`, by name; where there is an index, those that it names, where it says.
 
   Raises:
-    UserError: no weights, a broken index, a file that is missing, truncated or holds other tensors than the index says.
+    UserError: no weights, a broken index, a file that is missing, truncated or lacks a tensor of the index.
   """
-  if not (folder / INDEX).exists():
-    if not (folder / SINGLE).exists():
+  if not os.path.lexists(folder / INDEX):
+    if not os.path.lexists(folder / SINGLE):
       raise UserError(f'{folder} has no weights: neither {INDEX} nor {SINGLE}')
     return _open_file(folder / SINGLE)
   file_of = _read_index(folder)
   found = {}
   for name in sorted(set(file_of.values())):
     inside = _open_file(folder / name)
-    for tensor in inside:
-      if file_of.get(tensor) != name:
-        raise UserError(f'{folder / name} holds {tensor}, which {INDEX} does not place there')
-    found |= inside
+    found |= {tensor: stored for tensor, stored in inside.items() if file_of.get(tensor) == name}  # not a stale copy
   for tensor, name in file_of.items():
     if tensor not in found:
-      raise UserError(f'{folder / name} lacks {tensor}, which {INDEX} places there')
+      raise UserError(f'{folder / name} lacks {tensor[:100]}, which {INDEX} places there')
   return found
 
 
 def _read_index(folder):
-  try:
-    file_of = json.loads((folder / INDEX).read_text('utf-8'))['weight_map']
-    inside = all(isinstance(name, str) and Path(name).name == name for name in file_of.values())
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'cannot read {folder / INDEX}: {type(error).__name__} {error}') from error
-  if not inside:
-    raise UserError(f'{folder / INDEX} names files outside of its folder')
+  file_of = read_json(folder / INDEX).get('weight_map')
+  if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+    raise UserError(f'cannot read {folder / INDEX}: its weight_map is {short(file_of)}, not file names by tensor')
   for name in sorted(set(file_of.values())):
-    if not (folder / name).is_file():
-      raise UserError(f'{folder / INDEX} names {name}, which is missing')
+    if Path(name).name != name:
+      raise UserError(f'{folder / INDEX} names files outside of its folder: {name[:100]}')
+    if not os.path.isfile(folder / name):
+      raise UserError(f'{folder / INDEX} names {name[:100]}, which is missing')
   return file_of
 
 
 def _open_file(file):
   try:
-    with safetensors.safe_open(file, 'numpy'):  # checks that header and length agree
+    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe may never end
+      raise UserError(f'{file} is not a regular file')
+    with safetensors.safe_open(file, 'numpy'):  # checks that header, which has a most length, and file agree
       pass
     with file.open('rb') as stream:
       (length,) = struct.unpack('<Q', stream.read(8))
-      header = json.loads(stream.read(length))
+      header = parse_json(stream.read(length), f'header of {file}')
   except (OSError, ValueError, safetensors.SafetensorError) as error:
-    raise UserError(f'{file} is truncated or no safetensors file: {error}') from error
+    raise UserError(f'{file} is truncated or no safetensors file: {str(error)[:160]}') from error
   header.pop('__metadata__', None)
   return {
     name: Stored(file, entry['dtype'], tuple(entry['shape']), 8 + length + entry['data_offsets'][0])

@@ -11,7 +11,8 @@ import tokenizers
 import tqdm
 
 from moe.config import Config
-from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
+from moe.data import folder_tokens
+from moe.data.tokenizer import FILE, ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
 from moe.folder import new_folder
 from moe.interop import formats, hf_config, names, shards
@@ -42,9 +43,13 @@ def export_run(
       raise UserError(f'{name} {value!r} must be one of {", ".join(str(one) for one in valid)}')
   if not 0 < max_shard_gb < math.inf:
     raise UserError(f'max_shard_gb = {max_shard_gb} must be above 0')
-  config, tokenizer = read_config(run), _read_tokenizer(run)
-  hf = hf_config.to_hf(config, dtype, tokenizer.bos_id if tokenizer else None, quantize)
+  config, tokenizer, said = read_config(run), _read_tokenizer(run), folder_tokens.read(run)
+  hf = hf_config.to_hf(
+    config, dtype, tokenizer.bos_id if tokenizer else None, quantize, _kept_fields(run, config, said)
+  )
   weights = RunWeights(run, array_shapes(config.model))
+  if hf['model_type'] == hf_config.V2 and weights.read(names.View('bias_LE')).any():
+    raise UserError(f'{run} has softmax scores and a router bias, for which {hf_config.V2} has no place')
   files = plan_files(config, dtype, max_shard_gb, quantize)
   plan = {'checkpoint': str(weights.path), 'written_ns': weights.path.stat().st_mtime_ns, 'config': hf}
   with new_folder(target, plan | {'dtype': dtype, 'max_shard_gb': max_shard_gb}) as folder:
@@ -52,7 +57,7 @@ def export_run(
     (folder / 'config.json').write_text(json.dumps(hf, indent=2) + '\n', 'utf-8')
     kind = f'{dtype} and {quantize}' if quantize else dtype
     lines = [f'{target}: step {weights.step} of {run}, {total_bytes:,} bytes of {kind}, files: {len(files)}']
-    return [*lines, *_write_tokenizer(folder, run, tokenizer)]
+    return [*lines, *_write_tokenizer(folder, run, tokenizer, said)]
 
 
 class Entry(NamedTuple):
@@ -105,23 +110,35 @@ def _check_space(folder, needed):
 
 
 def _read_tokenizer(run) -> Tokenizer | None:
-  return load_saved(run / 'tokenizer.json') if (run / 'tokenizer.json').exists() else None
+  return load_saved(run / FILE) if (run / FILE).exists() else None
 
 
-def _write_tokenizer(folder, run, tokenizer) -> list[str]:
+def _kept_fields(run, config, said) -> dict:
+  """What config.json of the folder behind the run says of tokens and, if this is still that model, of its length."""
+  from_scratch = (run / 'data.json').exists() and not config.train.init_from
+  names = [name for name in folder_tokens.MODEL_FIELDS if name != folder_tokens.LENGTH or not from_scratch]
+  fields = said.fields(folder_tokens.CONFIG)
+  return {name: fields[name] for name in names if name in fields}
+
+
+def _write_tokenizer(folder, run, tokenizer, said) -> list[str]:
+  for name, text in said.texts.items():
+    if name != folder_tokens.CONFIG:
+      (folder / name).write_bytes(text)
   if tokenizer is None:
     return [f'no tokenizer.json: {run} has none']
   if isinstance(tokenizer, ByteTokenizer):
     return ['no tokenizer.json: this run reads bytes (ids 0..255, 256 starts a document)']
-  served = tokenizers.Tokenizer.from_file(str(run / 'tokenizer.json'))
-  bos_token = served.id_to_token(tokenizer.bos_id)
-  if served.encode('').ids == [tokenizer.bos_id]:
-    shutil.copyfile(run / 'tokenizer.json', folder / 'tokenizer.json')
+  served, bos_token = tokenizers.Tokenizer.from_file(str(run / FILE)), tokenizer.token_text(tokenizer.bos_id)
+  if said.texts or served.encode('').ids == [tokenizer.bos_id]:
+    shutil.copyfile(run / FILE, folder / FILE)
   else:  # who serves the folder encodes a prompt by this file alone, and in training every document began with BOS
     begin = tokenizers.processors.TemplateProcessing(f'{bos_token} $A', special_tokens=[(bos_token, tokenizer.bos_id)])
     before = [served.post_processor] if served.post_processor else []
     served.post_processor = tokenizers.processors.Sequence([*before, begin])
-    served.save(str(folder / 'tokenizer.json'))
-  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': bos_token, 'eos_token': bos_token}
-  (folder / 'tokenizer_config.json').write_text(json.dumps(settings, indent=2) + '\n', 'utf-8')
+    served.save(str(folder / FILE))
+  if folder_tokens.TOKENIZER not in said.texts:
+    ends = tokenizer.token_text((*said.eos_ids(tokenizer.token_id), tokenizer.bos_id)[0]) or bos_token
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': bos_token, 'eos_token': ends}
+    (folder / folder_tokens.TOKENIZER).write_text(json.dumps(settings, indent=2) + '\n', 'utf-8')
   return []

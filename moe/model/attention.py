@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe.config import Config, ModelConfig
 from moe.model.linear import linear
-from moe.model.norm import rms_norm
+from moe.model.norm import LATENT_EPS, rms_norm
 from moe.model.parameters import Init
 from moe.model.rope import rotate, softmax_scale
 from moe.ops.attention import attend
@@ -49,7 +49,7 @@ class LatentAttention(nnx.Module):
     """This tensor shard's part of the output, [B, S, D]."""
     model = self.config
     if model.q_lora_rank:
-      latent_BSA = rms_norm(project(x_BSD, self.w_query_down_DA[...], config), self.scale_query_A[...], model.norm_eps)
+      latent_BSA = rms_norm(project(x_BSD, self.w_query_down_DA[...], config), self.scale_query_A[...], LATENT_EPS)
       query, w_nope, w_rope = latent_BSA, self.w_query_AHN[...], self.w_query_rope_AHR[...]
     else:
       query, w_nope, w_rope = x_BSD, self.w_query_DHN[...], self.w_query_rope_DHR[...]
@@ -58,7 +58,7 @@ class LatentAttention(nnx.Module):
     # Side by side as one matrix: the rotary key's product alone is too narrow for a GPU.
     w_DCR = jnp.concatenate([self.w_kv_down_DC[...], self.w_key_rope_DR[...]], axis=1)
     down_BSC, k_rope_BSR = jnp.split(project(x_BSD, w_DCR, config), [model.kv_lora_rank], axis=-1)
-    latent_BSC = rms_norm(down_BSC, self.scale_kv_C[...], model.norm_eps)
+    latent_BSC = rms_norm(down_BSC, self.scale_kv_C[...], LATENT_EPS)
     k_nope_BSHN = project(latent_BSC, self.w_key_CHN[...], config)
     k_rope_BS1R = rotate(k_rope_BSR[:, :, None], model)  # one for all heads
     v_BSHU = project(latent_BSC, self.w_value_CHU[...], config)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+LATENT_EPS = 1e-6  # of the norms of MLA's latents, in every DeepSeek-V3 model, whatever its other norms have
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   """x / rms(x) * scale over the last axis, in x's dtype."""

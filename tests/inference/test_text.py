@@ -39,10 +39,48 @@ def test_any_pieces_give_the_text_of_all_tokens(size):
   tokenizer = json_tokenizer(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]))
   of_bytes = lambda text: [3 + byte for byte in text.encode()]
   tokens = [0, 1, 2, *of_bytes(' ä€😀'), 1, 0, *of_bytes('é'), 0, 259, 2, 3 + 0xC3, 2, 1]
-  stream = TextStream(tokenizer)
+  stream = TextStream(tokenizer, before=())
   said = [stream.add(tokens[i : i + size], last=i + size >= len(tokens)) for i in range(0, len(tokens), size)]
   assert ''.join(said) == stream.text == tokenizer.decode(tokens)
   assert stream.text == 'one twothree ä€😀 two oneé one' + 'three\N{REPLACEMENT CHARACTER}three two'
+
+
+SPACED = {
+  'metaspace': ('\u2581', tokenizers.decoders.Metaspace()),
+  'llama': ('\u2581', tokenizers.decoders.Sequence([
+    tokenizers.decoders.Replace('\u2581', ' '), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+    tokenizers.decoders.Strip(' ', 1, 0),
+  ])),
+  'words': ('', None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', SPACED)
+def test_text_goes_on_where_the_prompt_ended(kind):
+  """The first space of a new word stays, though decoded alone it would go; at the beginning of a text there is none."""
+  mark, decoder = SPACED[kind]
+  words = ['<s>', *(f'{mark}{word}' for word in ('the', 'quick', 'fox'))]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, '<s>'))
+  if decoder:
+    tokenizer.decoder = decoder
+  tokenizer = JsonTokenizer(tokenizer.to_str())
+  for before, expected in (([0, 1], ' quick fox'), ([0], 'quick fox'), ((), 'quick fox')):
+    stream = TextStream(tokenizer, before=before)
+    assert stream.add([2]) + stream.add([3]) + stream.add([], last=True) == stream.text == expected
+  stream = TextStream(tokenizer, [' quick'], [0, 1])
+  assert stream.add([2]) == ''
+  assert stream.stopped
+
+
+def test_what_a_stream_continues_need_not_be_known():
+  decoders = tokenizers.decoders
+  vocabulary = {word: i for i, word in enumerate(['<s>', '\u2581a', '\u2581the', '\u2581quick', 'a'])}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, '<s>'))
+  tokenizer.decoder = decoders.Metaspace()
+  stream = TextStream(JsonTokenizer(tokenizer.to_str()), [' quick'])
+  assert stream.add([2]) == ' the'
+  assert stream.add([3]) == ''
+  assert stream.stopped
 
 
 def test_old_tokens_are_not_decoded_again():

@@ -70,7 +70,6 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'topk_method': 'greedy'}, "topk_method = 'greedy'"),
     ({'moe_layer_freq': 2}, 'moe_layer_freq = 2'),
     ({'rope_interleave': False}, 'rope_interleave = False'),
-    ({'rms_norm_eps': 1e-5}, 'rms_norm_eps = 1e-05'),
     ({'num_key_value_heads': 1}, 'num_key_value_heads = 1'),
     ({'kv_lora_rank': ...}, 'config.json lacks kv_lora_rank'),
     ({'hidden_size': 'wide'}, "model.d_model = 'wide'"),
@@ -85,7 +84,7 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_scaling': YARN | {'partial_rotary_factor': 0.5}}, 'rope_scaling = '),
     ({'quantization_config': {'quant_method': 'gptq'}}, "quantization_config = {'quant_method': 'gptq'}"),
     ({'quantization_config': MXFP4 | {'config_groups': {'group_0': {'weights': INT4}}}}, "'type': 'int'"),
-    ({'quantization_config': MXFP4 | {'config_groups': ['Linear']}}, "'config_groups': ['Linear']"),
+    ({'quantization_config': MXFP4 | {'config_groups': ['Linear']}}, "config_groups = ['Linear']"),
     ({'quantization_config': {'quant_method': 'fp8', 'weight_block_size': [64, 64]}}, 'only fp8 in blocks of 128x128'),
   ],
 )
@@ -95,7 +94,13 @@ def test_config_that_we_cannot_represent(broken, changes, what):
 
 
 @pytest.mark.parametrize(
-  ('text', 'what'), [(None, 'it has no config.json'), ('{', 'cannot read'), ('[]', 'model_type = None')]
+  ('text', 'what'),
+  [
+    (None, 'it has no config.json'),
+    ('{', 'is no valid JSON'),
+    ('[]', 'holds no JSON object, but list'),
+    ('{"a":' * 100_000, 'nested too deeply'),
+  ],
 )
 def test_no_config(broken, text, what):
   (broken / 'config.json').unlink()
@@ -119,11 +124,12 @@ def test_missing_and_damaged_files(broken):
 @pytest.mark.parametrize(
   ('index', 'what'),
   [
-    ('{', f'cannot read {{}}/{shards.INDEX}'),
+    ('{', f'{{}}/{shards.INDEX} is no valid JSON'),
+    (json.dumps({'weight_map': {'a': 'b' * 300}}), 'which is missing'),
     ('{"weight_map": 3}', f'cannot read {{}}/{shards.INDEX}'),
     ('{"weight_map": {"a": "../b.safetensors"}}', 'names files outside of its folder'),
     ('{"weight_map": {"a": "b.safetensors"}}', 'names b.safetensors, which is missing'),
-    (json.dumps({'weight_map': {'a': FIRST}}), f'{FIRST} holds '),
+    (json.dumps({'weight_map': {'a': FIRST}}), f'{FIRST} lacks a, which'),
   ],
 )
 def test_broken_index(broken, index, what):

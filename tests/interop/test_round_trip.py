@@ -336,7 +336,6 @@ def test_yarn_factor_from_the_longest_length(tiny_model, tmp_path):
   [
     ({'attention': 'mha', 'qk_nope_dim': 0, 'q_lora_rank': 0}, {}, 'model.attention'),
     ({'score_fn': 'softmax'}, {}, 'model.score_fn'),
-    ({'norm_eps': 1e-5}, {}, 'model.norm_eps'),
     ({'num_shared_experts': 0}, {}, 'model.num_shared_experts'),
     ({'num_experts': 1, 'top_k': 1, 'num_groups': 1, 'top_groups': 1}, {}, 'model.num_experts'),
     ({}, {'bias_rule': 'multiplicative'}, 'balance.bias_rule'),
