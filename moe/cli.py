@@ -22,6 +22,8 @@ def run(main) -> None:
       return main(argv)
     except UserError as error:
       fail(error)
+    except KeyboardInterrupt:
+      sys.exit(130)  # as a shell says of a command that Ctrl-C ended
 
   app.run(guarded, flags_parser=_parse_flags)
 

@@ -5,11 +5,12 @@ does so here, so that a file which a disk, a power failure or an editor damaged 
 import contextlib
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe.errors import UserError
 
@@ -46,14 +47,23 @@ def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
   Raises:
     UserError: missing, unreadable, not a regular file, or too large.
   """
+  with open_regular(path) as file:
+    size = os.fstat(file.fileno()).st_size
+    if most_bytes is not None and size > most_bytes:
+      raise UserError(f'{str(path)!r} has {size:,} bytes; at most {most_bytes:,} are read')
+    return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+  """A regular file, open for reading. Raises UserError, also where reading in the block fails: as `read_bytes`."""
   try:
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-      kind = 'a folder' if stat.S_ISDIR(found.st_mode) else 'a pipe or device'
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+      kind = 'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'
       raise UserError(f'cannot read {str(path)!r}: it is {kind}, not a file')
-    if most_bytes is not None and found.st_size > most_bytes:
-      raise UserError(f'{str(path)!r} has {found.st_size:,} bytes; at most {most_bytes:,} are read')
-    return Path(path).read_bytes()
+    with open(path, 'rb') as file:
+      yield file
   except (OSError, ValueError) as error:  # ValueError: a NUL in the name
     raise UserError(f'cannot read {str(path)!r}: {getattr(error, "strerror", None) or error}') from error
 
@@ -90,11 +100,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   *lines, _ = read_bytes(path).split(b'\n')
   rows = []
   for number, line in enumerate(lines, 1):
-    row = parse_json(line, f'{path} line {number}')
-    step = row.get('step')
-    if type(step) is not int or step < 0:
-      raise UserError(f'{path} line {number} has step {step!r}; it must be a number of steps')
+    where = f'{path} line {number}'
+    row = parse_json(line, where)
+    step = step_of(row, where)
     while rows and rows[-1]['step'] >= step:
       rows.pop()
     rows.append(row)
   return rows
+
+
+def step_of(row: dict[str, Any], where: str) -> int:
+  """The step of a run's row. Raises UserError, which begins with `where`, if it is no number of steps."""
+  step = row.get('step')
+  if type(step) is not int or not 0 <= step < 1 << 53:
+    raise UserError(f'{where} has step {str(step)[:40]!r}; it must be a number of steps')
+  return step
+
+
+def sweep_temporaries(folder: Path) -> None:
+  """Takes away what writers that were killed left in a folder that nobody else writes to. Raises OSError."""
+  for path in folder.glob('*.tmp'):
+    if re.fullmatch(r'.*\.[0-9a-f]{32}\.tmp', path.name) and path.is_file():
+      path.unlink(missing_ok=True)
