@@ -36,8 +36,10 @@ class Peers:
 
   def __init__(self, process_id: int = 0, connections: dict[int, '_Connection'] | None = None):
     self._id, self._connections, self._ended = process_id, connections or {}, False
-    for peer in self._connections.values():
-      threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
+    threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self._connections.values()]
+    self._threads = threads
+    for thread in threads:
+      thread.start()
 
   def agree(self, facts: dict) -> None:
     """Returns once every process has called this, with the same facts.
@@ -67,6 +69,12 @@ class Peers:
         time.sleep(WORD_S)  # it may follow from the loss of another process, which `_listen` then hears of
       self._ended = True
       self._tell({'bye': f'process {self._id}: {error}' if error else ''})
+    for peer in self._connections.values():
+      peer.hang_up()
+    for thread in self._threads:
+      thread.join()
+    for peer in self._connections.values():
+      peer.close()
 
   def _tell(self, message):
     for peer in self._connections.values():
@@ -104,6 +112,15 @@ class _Connection:
 
   def send(self, message: dict) -> None:
     self._socket.sendall(json.dumps(message).encode() + b'\n')
+
+  def hang_up(self) -> None:
+    """Ends the connection, and a `receive` that waits in another thread."""
+    with contextlib.suppress(OSError):  # the other end did
+      self._socket.shutdown(socket.SHUT_RDWR)
+
+  def close(self) -> None:
+    self._reader.close()
+    self._socket.close()
 
   def receive(self) -> dict:
     """The next message. Raises ValueError at the end of the connection or if it is none, OSError."""
@@ -169,7 +186,8 @@ def _receive_all(mesh, address) -> dict[int, _Connection]:
         hello = _message(reader)
         number, name = int(hello['process']), f'process {hello["process"]} ({hello["host"]}, pid {hello["pid"]})'
       except (OSError, ValueError, KeyError, TypeError):
-        sock.close()  # a scan of ports, or another program
+        reader.close()  # a scan of ports, or another program
+        sock.close()
         continue
       peer = _Connection(sock, number, name, reader)
       if number in found:
@@ -190,6 +208,7 @@ def _refuse(peers, error) -> NoReturn:
   for peer in peers:
     with contextlib.suppress(OSError):
       peer.send({'error': error})
+    peer.close()
   raise UserError(error)
 
 
@@ -212,10 +231,11 @@ def _visit(mesh, address) -> dict[int, _Connection]:
       answer = peer.receive()
     except (OSError, ValueError):  # not process 0, or one that ended just now
       why = 'what listens there does not answer as process 0'
-      sock.close()
+      peer.close()
       time.sleep(TRIES_S)
       continue
     if 'error' in answer:
+      peer.close()
       raise UserError(answer['error'])
     sock.settimeout(None)
     return {0: peer}
