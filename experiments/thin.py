@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 
 from absl import flags
 
-from moe import cli
+from moe import cli, load_history
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.paths import local_path
@@ -47,6 +47,7 @@ def main(argv):
 def _copy(source: pathlib.Path, out: pathlib.Path):
   run = load_run(source)
   info = {key: value for key, value in run.info.items() if key != 'command'}  # paths of the machine it ran on
+  info['starts'] = [{k: v for k, v in start.items() if k != 'command'} for start in run.info.get('starts', [])]
   write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
   for name in ('data.json', 'evals.jsonl'):
     try:
@@ -61,9 +62,9 @@ def _copy(source: pathlib.Path, out: pathlib.Path):
 
 
 def _short(row: dict) -> dict:
-  """The row for JSON: floats to six digits, arrays as lists."""
+  """The row for JSON: floats to six digits, loads encoded."""
   short = lambda value: float(f'{value:.6g}') if isinstance(value, float) else value
-  return {key: value.tolist() if key == 'load_LE' else short(value) for key, value in row.items()}
+  return {key: load_history.encode(value) if key == 'load_LE' else short(value) for key, value in row.items()}
 
 
 if __name__ == '__main__':

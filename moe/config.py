@@ -113,6 +113,7 @@ class TrainConfig:
   remat: str = 'none'  # none | dots (keep matmul outputs) | full (keep layer inputs only)
   unroll_layers: int = 1  # MoE layers per turn of the loop over them: more compile longer and copy fewer weights
   log_every: int = 1  # steps per row of metrics.jsonl
+  load_every: int = 0  # steps per row of load_history.jsonl; 0: log_every, or more where that makes over 2,000 rows
   eval_every: int = 250  # steps between evaluations; 0: only at the end
   eval_sequences: int = 0  # validation sequences of a periodic evaluation; 0: all (the last evaluation always is)
   init_from: str = ''  # run directory whose weights and router bias start this run (moments and step do not)
@@ -166,6 +167,7 @@ class MeshConfig:
   coordinator: str = ''  # host:port of process 0 for runs of several processes; '': one process
   num_processes: int = 1  # processes of the run
   process_id: int = 0  # this process
+  start_timeout_s: int = 300  # for all processes of a run to meet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,12 @@ does so here, so that a file which a disk, a power failure or an editor damaged 
 import contextlib
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe.errors import UserError
 
@@ -46,13 +47,22 @@ def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
   Raises:
     UserError: missing, unreadable, not a regular file, or too large.
   """
-  regular(path, most_bytes)
   try:
-    return Path(path).read_bytes()
-  except OSError as error:
-    raise UserError(f'cannot read {str(path)!r}: {error.strerror}') from error
+    with open_regular(path, most_bytes) as file:
+      return file.read()
   except MemoryError as error:
     raise UserError(f'cannot read {str(path)!r}: it is larger than the memory') from error
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, most_bytes: int | None = None) -> Iterator[BinaryIO]:
+  """A regular file, open for reading. Raises UserError, also where reading in the block fails: as `read_bytes`."""
+  regular(path, most_bytes)
+  try:
+    with open(path, 'rb') as file:
+      yield file
+  except OSError as error:
+    raise UserError(f'cannot read {str(path)!r}: {error.strerror}') from error
 
 
 def regular(path: Path, most_bytes: int | None = None) -> os.stat_result:
@@ -101,8 +111,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   *lines, _ = read_bytes(path).split(b'\n')
   rows = []
   for number, line in enumerate(lines, 1):
-    row = parse_json(line, f'{path} line {number}')
-    step = step_of(row, f'{path} line {number}')
+    where = f'{path} line {number}'
+    row = parse_json(line, where)
+    step = step_of(row, where)
     while rows and rows[-1]['step'] >= step:
       rows.pop()
     rows.append(row)
@@ -110,8 +121,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def step_of(row: dict[str, Any], where: str) -> int:
-  """The 'step' of a row. Raises UserError, which begins with `where`, unless it is an int of at least 0."""
+  """The step of a run's row. Raises UserError, which begins with `where`, if it is no number of steps."""
   step = row.get('step')
-  if type(step) is not int or step < 0:
-    raise UserError(f'{where} has step {step!r}; it must be a number of steps')
+  if type(step) is not int or not 0 <= step < 1 << 53:
+    raise UserError(f'{where} has step {str(step)[:40]!r}; it must be a number of steps')
   return step
+
+
+def sweep_temporaries(folder: Path) -> None:
+  """Takes away what writers that were killed left in a folder that nobody else writes to. Raises OSError."""
+  for path in folder.glob('*.tmp'):
+    if re.fullmatch(r'.*\.[0-9a-f]{32}\.tmp', path.name) and path.is_file():
+      path.unlink(missing_ok=True)

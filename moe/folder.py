@@ -1,7 +1,6 @@
 """Folders that appear whole or not at all, and whose making goes on after a kill."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from moe.errors import UserError
 from moe.files import write_atomically
+from moe.lock import try_lock
 
 PLAN, LOCK = 'plan.json', 'lock'
 
@@ -31,8 +31,10 @@ def new_folder(target: Path, plan: dict):
   partial = target.with_name(f'.{target.name}.partial')
   try:
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / LOCK).open('w') as lock:
-      _lock(lock, target)
+    lock = try_lock(partial / LOCK)
+    if lock is None:
+      raise UserError(f'another process is writing {target}')
+    with lock:
       try:
         if _read(partial / PLAN) != json.loads(json.dumps(plan)):
           _clear(partial)
@@ -46,13 +48,6 @@ def new_folder(target: Path, plan: dict):
         raise
   except OSError as error:
     raise UserError(f'cannot write {target}: {error.strerror or error}') from error
-
-
-def _lock(lock, target):
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the system when the process ends, however it does
-  except BlockingIOError:
-    raise UserError(f'another process is writing {target}') from None
 
 
 def _read(file):

@@ -1,51 +1,95 @@
 """Rows of a run: metrics.jsonl, load_history.jsonl, evals.jsonl and TensorBoard events.
 
-A resumed run cuts the files back to the step it resumes from, so that each step stands once.
+A resumed run cuts the files back to the step it resumes from, so that each step stands once. A checkpoint remembers how
+many bytes of rows came before it, which are on disk before it is; so rows that were lost later are noticed.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
+import numpy as np
 import tensorboardX
 
+from moe import load_history
 from moe.errors import UserError
+from moe.files import parse_json, step_of
 
 FILES = ('metrics', 'load_history', 'evals')
+BLOCK_BYTES = 1 << 16  # of a file that is read from its end
 
 
 class Logbook:
   """Appends rows to the files of a run directory; every row is on its way to disk when `write` returns."""
 
-  def __init__(self, run_dir: pathlib.Path, resume_step: int, last_step: int):
+  def __init__(self, run_dir: pathlib.Path, resume_step: int, last_step: int, logged: dict | None = None):
     """Opens the files, keeping rows up to and including `resume_step`; `last_step` will be evaluated again.
 
+    Args:
+      logged: what `sync` returned before the checkpoint of resume_step was written, if that is known; rows of it that
+        are no longer there are named in `holes`, a line each. `last_steps` has the step of each file's last row.
+
     Raises:
-      UserError: the directory is not writable.
+      UserError: the directory is not writable, or a row near the end of a file is damaged.
     """
-    self._path = run_dir
+    self._path, self._files, self.holes, self.last_steps = run_dir, {}, [], {}
     try:
       for name in FILES:
-        _cut_back(run_dir / f'{name}.jsonl', resume_step if name != 'evals' else min(resume_step, last_step - 1))
-      self._files = {name: (run_dir / f'{name}.jsonl').open('a', encoding='utf-8') for name in FILES}
+        path = run_dir / f'{name}.jsonl'
+        keep = resume_step if name != 'evals' else min(resume_step, last_step - 1)
+        last = self.last_steps[name] = _cut_back(path, keep)
+        self.holes += _hole(path, last, (logged or {}).get(name))
+        self._files[name] = path.open('a', encoding='utf-8')
+      _sync_folder(run_dir)
       self._board = tensorboardX.SummaryWriter(str(run_dir / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30)
     except OSError as error:
       raise UserError(f'cannot write to {run_dir}: {error.strerror}') from error
 
   def write(self, name: str, row: dict) -> None:
     """Appends `row` (with its 'step') to `name`.jsonl, and its numbers to TensorBoard. Raises UserError."""
-    try:
-      self._files[name].write(json.dumps(row, allow_nan=False) + '\n')
-      self._files[name].flush()
+    with self._guarded(name):
+      self._append(name, json.dumps(row, allow_nan=False))
       for tag, value in _numbers(row):
         self._board.add_scalar(tag, value, row['step'])
-    except OSError as error:
-      raise UserError(f'cannot write to {self._path / name}.jsonl: {error.strerror}') from error
+
+  def write_loads(self, step: int, load_LE: np.ndarray) -> None:
+    """Appends a row to load_history.jsonl. Raises UserError."""
+    with self._guarded('load_history'):
+      self._append('load_history', load_history.line(step, load_LE))
+
+  def sync(self) -> dict[str, list[int]]:
+    """Returns once all rows are on disk, with the bytes of each file. Raises UserError."""
+    sizes = {}
+    for name, file in self._files.items():
+      with self._guarded(name):
+        os.fsync(file.fileno())
+        sizes[name] = os.fstat(file.fileno()).st_size
+    return sizes
 
   def close(self) -> None:
-    for file in self._files.values():
-      file.close()
-    self._board.close()
+    """Closes all files, also those that a full disk does not let end. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._close_board)
+      for name, file in self._files.items():
+        stack.enter_context(self._guarded(name))
+        stack.callback(file.close)
+
+  def _close_board(self):
+    with self._guarded('tensorboard'):
+      self._board.close()
+
+  def _append(self, name, line):
+    self._files[name].write(line + '\n')
+    self._files[name].flush()
+
+  @contextlib.contextmanager
+  def _guarded(self, name) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise UserError(f'cannot write {name} in {self._path}: {error.strerror}') from error
 
 
 def _numbers(row):
@@ -58,15 +102,60 @@ def _numbers(row):
       yield of + key, value
 
 
-def _cut_back(path: pathlib.Path, step: int):
-  """Truncates a .jsonl file before its first row past `step` or, after a crash, its incomplete last line."""
+def _cut_back(path: pathlib.Path, step: int) -> int | None:
+  """Truncates a .jsonl file after its last row up to `step`, or where a crash left an incomplete line.
+
+  Reads from the end, no further than needed. Returns that row's step, or None if there is none.
+  """
   if not path.exists():
-    return
-  keep = 0
-  with open(path, 'rb') as file:
-    for line in file:
-      if not line.endswith(b'\n') or json.loads(line)['step'] > step:
-        break
-      keep += len(line)
-  if keep < path.stat().st_size:
-    os.truncate(path, keep)
+    return None
+  with path.open('rb+') as file:
+    for line, end in _lines_from_the_end(file):
+      where = f'{path}, the row that ends at byte {end}'
+      if line.endswith(b'\n') and (found := step_of(parse_json(line, where), where)) <= step:
+        file.truncate(end)
+        return found
+    file.truncate(0)
+  return None
+
+
+def _lines_from_the_end(file) -> Iterator[tuple[bytes, int]]:
+  """(line, with its end if it has one; the byte after it), last first."""
+  start = end = file.seek(0, os.SEEK_END)
+  held = b''  # the file from `start` to `end`
+  while end:
+    cut = held.rfind(b'\n', 0, len(held) - 1)
+    if cut < 0 and start:
+      size = min(BLOCK_BYTES, start)
+      start -= size
+      file.seek(start)
+      held = file.read(size) + held
+      continue
+    yield held[cut + 1 :], end
+    held, end = held[: cut + 1], end - (len(held) - cut - 1)
+
+
+def _hole(path: pathlib.Path, last: int | None, size: int | None) -> list[str]:
+  """A line about rows that a checkpoint counted and that are not there, or none."""
+  found = path.stat().st_size if path.exists() else 0
+  if size is None or (found >= size and _is_end(path, size)):
+    return []
+  ends = 'has no rows' if last is None else f'ends at step {last}'
+  return [f'{path.name} {ends}, {found:,} bytes, where there were {size:,}: rows of earlier steps are missing']
+
+
+def _is_end(path, size) -> bool:
+  """Whether a row ends at that byte."""
+  if not size:
+    return True
+  with path.open('rb') as file:
+    file.seek(size - 1)
+    return file.read(1) == b'\n'
+
+
+def _sync_folder(path: pathlib.Path):
+  folder = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(folder)
+  finally:
+    os.close(folder)

@@ -6,6 +6,7 @@ import math
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from moe import evaluate, feed, flops, mesh, run_dir, state, step
+from moe import evaluate, feed, flops, mesh, processes, run_dir, state, step
 from moe.balance import metrics as balance_metrics
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config
@@ -26,6 +27,7 @@ from moe.errors import UserError
 from moe.files import write_atomically
 from moe.inference.generate import continuation
 from moe.inference.sampling import Sampling
+from moe.load_history import rows_every
 from moe.logbook import Logbook
 from moe.paths import local_path
 from moe.report.run import write_report
@@ -44,23 +46,23 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
     UserError: bad settings, data, mesh, checkpoint or disk; or a loss that is not finite.
   """
   path = local_path(workdir, 'workdir')
-  mesh.setup_devices(config.mesh)
-  device_mesh = mesh.make_mesh(config)
-  mesh.check_memory(config, device_mesh)
-  run_dir.check_run(path, config)
-  use_compilation_cache(config)
-  corpus = load_corpus(config.data, leave_out=[path])
-  tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
-  for remark in tokenizer.remarks:
-    say(remark)
-  rows = prepare.pack_splits(corpus, tokenizer, config.data)
-  run_dir.make_dir(path)
-  if jax.process_index() == 0:
-    for line in prepare.describe(path, corpus, tokenizer, rows, config.data):  # first: it refuses other text
-      say(line)
-    run_dir.describe_run(path, config, device_mesh, command or run_dir.command_line())
-  with _stop_on_signal() as stop, contextlib.closing(Run(config, path, device_mesh, rows, tokenizer)) as run:
-    return run.finish() if run.train(stop) else None
+  with processes.joined(config.mesh, run_dir.shared_settings(config), _write) as peers:
+    mesh.setup_devices(config.mesh)
+    device_mesh = mesh.make_mesh(config)
+    mesh.check_memory(config, device_mesh)
+    run_dir.check_run(path, config)
+    use_compilation_cache(config)
+    corpus = load_corpus(config.data, leave_out=[path])
+    tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
+    peers.agree({'the text': corpus.digest, 'the tokenizer': tokenizer.digest})
+    rows = prepare.pack_splits(corpus, tokenizer, config.data)
+    with run_dir.owned(path, config, say), _stop_on_signal() as stop:
+      if jax.process_index() == 0:
+        for line in [*tokenizer.remarks, *prepare.describe(path, corpus, tokenizer, rows, config.data)]:
+          say(line)
+      with contextlib.closing(Run(config, path, device_mesh, rows, tokenizer, stop)) as run:
+        run.describe(command or run_dir.command_line())
+        return run.finish() if run.train() else None
 
 
 def use_compilation_cache(config: Config) -> None:
@@ -73,28 +75,35 @@ def use_compilation_cache(config: Config) -> None:
 class Run:
   """One process's view of a run: the compiled steps, the state and the files."""
 
-  def __init__(self, config: Config, path: pathlib.Path, device_mesh, rows: dict, tokenizer):
-    """Compiles nothing yet; restores the newest checkpoint or makes a fresh state. Raises UserError."""
+  def __init__(self, config: Config, path: pathlib.Path, device_mesh, rows: dict, tokenizer, stop):
+    """Compiles nothing yet; restores the newest checkpoint or makes a fresh state. Raises UserError.
+
+    Args:
+      stop: says whether to stop, to all processes the same; asked between steps and batches.
+    """
+    self.given, self.stop = config, stop
     self.config = step.resolve(config, device_mesh, mesh.platform_of(device_mesh))
     self.path, self.mesh, self.rows, self.tokenizer = path, device_mesh, rows, tokenizer
     self.batches = Batches(rows['train'], config.train.batch_size, config.train.seed)
     self.train_step = step.make_train_step(self.config, device_mesh)
     self.eval_step = step.make_eval_step(self.config, device_mesh)
     self.checkpoints = Checkpoints(path, config.checkpoint.keep)
-    self.state, self.done, self.tokens = self._start()
-    self.logbook = Logbook(path, self.done, config.train.steps) if jax.process_index() == 0 else None
+    self.state, self.done, self.tokens, logged = self._start()
+    first = jax.process_index() == 0
+    self.logbook = Logbook(path, self.done, config.train.steps, logged) if first else None
     self._row_time, self._row_step = time.perf_counter(), self.done
+    self._load_every = config.train.load_every or rows_every(config.train.log_every, config.train.steps)
     self._flops_per_token = flops.matmul_flops_per_token(self.config)
     self._peak_flops_per_s = flops.peak_bf16_flops_per_s(device_mesh.devices.flat[0].device_kind)
 
   def _start(self):
-    """(state, steps done, tokens seen): from the newest checkpoint, another run's weights, or nothing."""
+    """(state, steps done, tokens, bytes logged): from the newest checkpoint, another run's weights, or nothing."""
     like = abstract_like(state.abstract(self.config), state.shardings(self.config, self.mesh))
     latest = self.checkpoints.latest()
     if latest is not None:
       restored, meta = self.checkpoints.restore(latest, like)
       say(f'resuming {self.path} at step {latest}')
-      return restored, latest, meta['tokens']
+      return restored, latest, meta['tokens'], meta.get('logged')
     fresh = state.create(self.config, self.mesh)
     if source := self.config.train.init_from:
       folder = local_path(source, 'config train.init_from')
@@ -104,16 +113,26 @@ class Run:
       fresh = other.restore_weights(fresh)
       say(f'starting from the weights of {source} at step {other.latest()}')
       other.close()
-    return fresh, 0, 0
+    return fresh, 0, 0, None
 
-  def train(self, stop) -> bool:
+  def describe(self, command: str) -> None:
+    """Writes config.json, and says what runs and what rows are missing."""
+    if self.logbook:
+      holes = self.logbook.holes
+      say(run_dir.describe_run(self.path, self.given, self.mesh, command, self.done, holes))
+      for hole in holes:
+        say(f'{self.path}: {hole}; the run goes on, and config.json and the report keep this')
+
+  def train(self) -> bool:
     """Steps until train.steps or until `stop()`; True if all steps are done and saved."""
     train, total = self.config.train, self.config.train.steps
     every, eval_every = self.config.checkpoint.every_steps, train.eval_every
     profile = profile_range(train.profile_steps)
     pending = collections.deque()
+    if self.done < total and self._owes_evaluation():
+      self._evaluate()
     with _progress(self.done, total) as bar, contextlib.ExitStack() as trace:
-      while self.done < total and not stop():
+      while self.done < total and not self.stop():
         if self.done + 1 in profile[:1]:
           trace.enter_context(jax.profiler.trace(str(self.path / 'profile')))
         batch = feed.train_batch(self.batches, self.done, train.microbatches, self.mesh)
@@ -136,67 +155,112 @@ class Run:
         self._record(*pending.popleft(), bar)
     self._save()
     self.checkpoints.wait()
+    self._note_saved()
     if self.done < total:
       say(f'stopped and saved at step {self.done} of {total}; the same command continues')
     return self.done >= total
 
-  def finish(self) -> dict:
-    """Final evaluation, sample and report. Returns the summary, {} on all processes but the first."""
-    self._evaluate_all()
-    if self.config.train.sample_tokens:
-      text = self._sample()
-      if self.logbook:
-        write_atomically(self.path / 'sample.txt', text)
+  def finish(self) -> dict | None:
+    """Final evaluation, sample and report. Returns the summary, {} on all processes but the first; None if stopped."""
+    if not (self._evaluate_all() and self._sample()):
+      say(f'stopped after step {self.done}, with everything saved; the same command continues with the evaluation')
+      return None
+    say('writing the report')
     return write_report(self.path) if self.logbook else {}
 
-  def _sample(self) -> str:
-    train, weights = self.config.train, (self.state.params, self.state.balance['bias_LE'])
-    what = train.sample_prompt, train.sample_tokens, SAMPLING, train.seed
-    return continuation(*weights, self.tokenizer, self.config, self.mesh, *what)
+  def _sample(self) -> bool:
+    """Writes sample.txt, if it is wanted; False, and no file, if a signal came."""
+    train, weights, text = self.config.train, (self.state.params, self.state.balance['bias_LE']), None
+    if train.sample_tokens:
+      with _progress(0, train.sample_tokens, 'token', 'sample', leave=False) as bar:
+
+        def on_tokens(_, tokens):
+          bar.update(len(tokens))
+          return self.stop()
+
+        what = train.sample_prompt, train.sample_tokens, SAMPLING, train.seed
+        text = continuation(*weights, self.tokenizer, self.config, self.mesh, *what, on_tokens)
+    if self.stop():
+      return False
+    if self.logbook and text is not None:
+      write_atomically(self.path / 'sample.txt', text)
+    return True
 
   def close(self) -> None:
     """Closes the files and waits for checkpoints on their way."""
-    if self.logbook:
-      self.logbook.close()
-    self.checkpoints.close()
+    with contextlib.ExitStack() as stack:
+      stack.callback(self.checkpoints.close)
+      if self.logbook:
+        stack.callback(self.logbook.close)
+
+  def _note_saved(self):
+    if self.logbook and self.checkpoints.latest() is not None:
+      run_dir.note_saved(self.path)
 
   def _save(self):
+    self._note_saved()
     self.checkpoints.save(
       self.state,
       {
         'step': self.done,
         'tokens': self.tokens,
         'seed': self.config.train.seed,
+        'logged': self.logbook.sync() if self.logbook else None,
         'data': {'next_batch': self.done, 'epoch': self.batches.epoch(self.done)},
       },
     )
 
-  def _evaluate(self):
-    """Logs a point of the curve of validation losses: on the same rows at every step."""
-    found = self._measured(self.config.train.eval_sequences)
-    self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+  def _owes_evaluation(self) -> bool:
+    """Whether the periodic evaluation of this step is not in the log, as the run was stopped in it."""
+    if not (self.done and _due(self.done, self.config.train.eval_every)):
+      return False
+    owes = self.logbook is not None and self.logbook.last_steps['evals'] != self.done
+    return bool(multihost_utils.broadcast_one_to_all(np.array(owes)))
 
-  def _evaluate_all(self):
-    """Logs the result of the run, on all rows; beside it the curve's last point, where that has been on a sample."""
-    found = {'set': 'full', **self._measured(0)}
-    if self._is_sample() and self.config.train.eval_every:
+  def _evaluate(self) -> bool:
+    """Logs a point of the curve of validation losses: on the same rows at every step. False if a signal came."""
+    found = self._measured(self.config.train.eval_sequences)
+    return bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+
+  def _evaluate_all(self) -> bool:
+    """Logs the result of the run, on all rows; beside it the curve's last point, where that has been on a sample.
+
+    False, and nothing in the log, if a signal came.
+    """
+    found, sample = self._measured(0), {}
+    if found and self._is_sample() and self.config.train.eval_every:
       sample = self._measured(self.config.train.eval_sequences)
-      found['sample'] = {key: value for key, value in sample.items() if key != 'load_LE'}
-    self._log_evaluation(found)
+      found = sample and {**found, 'sample': {key: value for key, value in sample.items() if key != 'load_LE'}}
+    return bool(found) and self._log_evaluation({'set': 'full', **found})
 
   def _is_sample(self):
     return len(self.rows['val'].spread(self.config.train.eval_sequences)) < len(self.rows['val'])
 
-  def _measured(self, sequences):
-    return evaluate.evaluate(self.eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+  def _measured(self, sequences) -> dict:
+    """What `evaluate` finds, or {} if a signal came."""
+    batch_size = self.config.train.batch_size // self.config.train.microbatches
+    count = len(self.rows['val'].spread(sequences))
+    with _progress(0, -(-count // batch_size), 'batch', 'evaluation', leave=False) as bar:
 
-  def _log_evaluation(self, found):
+      def eval_step(*batch):
+        if self.stop():
+          raise _Stopped
+        bar.update()
+        return self.eval_step(*batch)
+
+      try:
+        return evaluate.evaluate(eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+      except _Stopped:
+        return {}
+
+  def _log_evaluation(self, found) -> bool:
     if self.logbook:
       self.logbook.write('evals', {'step': self.done, **found})
     bits, vio = found['val_bits_per_byte'], found['max_vio_global']
     what = 'validation' if found['set'] == 'full' else 'sample of the validation text'
     say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
     self._row_time = time.perf_counter()  # evaluation is not the next step's time
+    return True
 
   def _record(self, done, out, bar):
     """Checks, counts and logs one step's metrics, once they are there."""
@@ -210,7 +274,10 @@ class Run:
       raise UserError(f'step {done}: loss {row["total_loss"]}, gradient norm {row["grad_norm"]}: not finite; {good}')
     bar.set_postfix_str(f'loss {row["loss"]:.3f}', refresh=False)
     bar.update()
-    if not (_due(done, self.config.train.log_every) or done == self.config.train.steps):
+    last = done == self.config.train.steps
+    if self.logbook and (last or _due(done, self._load_every)):
+      self.logbook.write_loads(done, load_LE)
+    if not (last or _due(done, self.config.train.log_every)):
       return
     now, steps = time.perf_counter(), done - self._row_step
     step_s = (now - self._row_time) / steps
@@ -231,25 +298,34 @@ class Run:
     )
     if self.logbook:
       self.logbook.write('metrics', {'step': done, **row})
-      self.logbook.write('load_history', {'step': done, 'load_LE': load_LE.tolist()})
+
+
+class _Stopped(Exception):
+  """A signal came between two batches of an evaluation."""
 
 
 def say(text: str) -> None:
   """One line to the user, from the first process only."""
   if jax.process_index() == 0:
-    tqdm.tqdm.write(text, file=sys.stderr)
+    _write(text)
+
+
+def _write(text):
+  tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def _due(done, every):
   return bool(every) and done % every == 0
 
 
-def _progress(done, total):
+def _progress(done, total, unit='step', what=None, leave=True):
   quiet = not sys.stderr.isatty()
   return tqdm.tqdm(
     total=total,
     initial=done,
-    unit='step',
+    unit=unit,
+    desc=what,
+    leave=leave,
     dynamic_ncols=True,
     mininterval=15 if quiet else 0.2,  # a log file wants lines, not a moving bar
     disable=jax.process_index() > 0,
@@ -258,15 +334,24 @@ def _progress(done, total):
 
 @contextlib.contextmanager
 def _stop_on_signal():
-  """A function that says whether SIGTERM or Ctrl-C has come; all processes of a run get the same answer."""
-  seen = []
-  handlers = {number: signal.signal(number, lambda n, _: seen.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+  """A function that says whether SIGTERM or Ctrl-C has come; all processes of a run get the same answer.
+
+  A second Ctrl-C acts as usual. Outside of the main thread, where Python sets no handlers, no signal comes.
+  """
+  seen, handlers = [], {}
+
+  def on_signal(number, frame):
+    if number == signal.SIGINT and seen:
+      signal.default_int_handler(number, frame)
+    seen.append(number)
 
   def stop():
     if jax.process_count() == 1:
       return bool(seen)
     return bool(multihost_utils.process_allgather(np.array(bool(seen))).any())
 
+  if threading.current_thread() is threading.main_thread():
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
     yield stop
   finally:

@@ -35,7 +35,10 @@ def mesh_shape(mesh: MeshConfig) -> tuple[int, int, int, int]:
 
 
 def setup_devices(mesh: MeshConfig) -> None:
-  """Joins the other processes and splits the CPU, as configured. Call before the first use of any device."""
+  """Splits the CPU and lets JAX join the other processes, as configured. Call before the first use of any device.
+
+  The processes should have met before (`moe.processes.joined`): what goes wrong here, JAX does not say in a line.
+  """
   if mesh.cpu_devices:
     try:
       jax.config.update('jax_platforms', 'cpu')
@@ -45,7 +48,8 @@ def setup_devices(mesh: MeshConfig) -> None:
         f'config mesh.cpu_devices = {mesh.cpu_devices} must be set before JAX is first used in a process; restart it'
       ) from None
   if mesh.num_processes > 1:
-    jax.distributed.initialize(mesh.coordinator, mesh.num_processes, mesh.process_id)
+    processes = mesh.coordinator, mesh.num_processes, mesh.process_id
+    jax.distributed.initialize(*processes, initialization_timeout=mesh.start_timeout_s)
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -26,7 +26,7 @@ def validate(config: 'Config') -> None:
   _validate_paths(config)
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
   _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
-  _at_least(train, 'train', 0, 'seed mtp_weight eval_every eval_sequences sample_tokens')
+  _at_least(train, 'train', 0, 'seed mtp_weight load_every eval_every eval_sequences sample_tokens')
   one_of('train.remat', train.remat, ('none', 'dots', 'full'))
   _require(
     train.batch_size % train.microbatches == 0,
@@ -57,7 +57,7 @@ def validate(config: 'Config') -> None:
   one_of('precision.compute', config.precision.compute, ('float32', 'bfloat16'))
   one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
   _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
-  _at_least(mesh, 'mesh', 1, 'num_processes')
+  _at_least(mesh, 'mesh', 1, 'num_processes start_timeout_s')
   _at_most(mesh, 'mesh', 4096, 'cpu_devices')
   _require(
     mesh.process_id < mesh.num_processes,

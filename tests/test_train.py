@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from processes import environment
 
-from moe import flops, loop
+from moe import flops, load_history, loop
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, from_config_dict, to_config_dict
 from moe.errors import UserError
+from moe.load_history import LoadHistory
 from moe.mesh import make_mesh
 from moe.state import abstract, shardings
 
@@ -86,6 +87,10 @@ def rows(workdir, name='metrics'):
   return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
+def loads(workdir):
+  return [row['load_LE'] for row in LoadHistory(pathlib.Path(workdir) / load_history.FILE, (1, 8))]
+
+
 @pytest.fixture(scope='module')
 def finished(corpus, tmp_path_factory):
   """A run of 12 steps that nobody disturbed, from the command line."""
@@ -98,9 +103,8 @@ def finished(corpus, tmp_path_factory):
 def test_a_run_leaves_everything_behind(finished):
   assert [row['step'] for row in rows(finished)] == list(range(1, 13))
   assert [row['step'] for row in rows(finished, 'evals')] == [4, 8, 12]
-  history = rows(finished, 'load_history')
-  assert all(0 < np.sum(row['load_LE']) <= 16 * 32 * 2 for row in history)
-  assert max(np.sum(row['load_LE']) for row in history) == 16 * 32 * 2
+  assert all(0 < load_LE.sum() <= 16 * 32 * 2 for load_LE in loads(finished))
+  assert max(load_LE.sum() for load_LE in loads(finished)) == 16 * 32 * 2
   assert all(
     {'loss', 'max_vio_batch', 'bias_min', 'gate_entropy', 'grad_norm/router'} <= row.keys() for row in rows(finished)
   )
@@ -221,8 +225,7 @@ def test_bias_stays_float32_through_the_checkpoint(finished, corpus):
   bias_LE = np.asarray(state.balance['bias_LE'])
   assert bias_LE.dtype == np.float32
   steps = np.zeros_like(bias_LE)
-  for row in rows(finished, 'load_history'):
-    load_LE = np.array(row['load_LE'], np.float64)
+  for load_LE in loads(finished):
     steps += np.sign(load_LE.mean(1, keepdims=True) - load_LE)
   np.testing.assert_allclose(bias_LE, steps * settings.balance.gamma, rtol=1e-5, atol=1e-9)
   assert np.abs(bias_LE).max() > 0

@@ -253,16 +253,17 @@ def _fetch(array: jax.Array) -> np.ndarray:
 
 
 def continuation(
-  params, bias_LE, tokenizer, config: Config, mesh, text: str, max_tokens: int, how: Sampling, seed: int
+  params, bias_LE, tokenizer, config: Config, mesh, text: str, max_tokens: int, how: Sampling, seed: int, on_tokens
 ):
   """`text` and what a model in training makes of it, up to `max_tokens` tokens or the end of the document.
 
   Args:
     params, bias_LE: of the training state.
     config: with every 'auto' resolved.
+    on_tokens: as in `Generator.run`.
   """
   prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]
   settings = Settings(config, how, (tokenizer.bos_id,), len(prompt) + max_tokens, drafts=0)
   generator = Generator(prepare(params, bias_LE, config, mesh), settings, mesh, slots=1, prompt_chunk=len(prompt))
-  (completion,), _ = generator.run([prompt], max_tokens, [seed % 2**32])
+  (completion,), _ = generator.run([prompt], max_tokens, [seed % 2**32], on_tokens)
   return tokenizer.decode(prompt + completion.tokens)

@@ -8,6 +8,7 @@ character.
 import io
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -64,9 +65,11 @@ def max_vio(run: 'Run') -> Figure | None:
   """MaxVio of each layer's training batches, with the expected MaxVio of random balanced routing (dashed)."""
   if not run.load_history:
     return None
-  history = thin(run.load_history)
-  steps = [row['step'] for row in history]
-  vio_NL = np.array([metrics.max_vio(row['load_LE']) for row in history])
+  picks = thin(range(len(run.load_history)))  # rows are decoded one at a time: all may not fit in memory
+  steps, vios = zip(
+    *((row['step'], metrics.max_vio(row['load_LE'])) for row in map(run.load_history.__getitem__, picks)), strict=True
+  )
+  vio_NL = np.array(vios)
   vio_NL[vio_NL <= 0] = np.nan  # perfectly equal loads have no place on a log axis
   figure, axes = panel('MaxVio', HEIGHT_IN * 1.15)
   names = run.layer_names
@@ -78,7 +81,7 @@ def max_vio(run: 'Run') -> Figure | None:
     style = {'color': ORANGE, 'linewidth': 1.6, 'zorder': 3} if is_mtp else {'color': color_of(i), 'linewidth': 1.1}
     label = name if few or is_mtp else None
     axes.plot(steps, vio_NL[:, i], marker='o' if len(steps) < 3 else None, alpha=0.85, label=label, **style)
-  floor = run.max_vio_floor(history[-1]['load_LE'])
+  floor = run.max_vio_floor(run.load_history[-1]['load_LE'])
   if floor:
     axes.axhline(floor, color='black', linestyle='--', linewidth=1.3, label='random balanced routing', zorder=4)
   if np.isfinite(vio_NL).any():
@@ -94,7 +97,7 @@ def heat_maps(run: 'Run') -> list[tuple[str, Figure]]:
   """(title, load / mean by layer and expert) of the first, middle and last logged batch and the last evaluation."""
   history = run.load_history
   picks = sorted({0, len(history) // 2, len(history) - 1}) if history else []
-  loads = [(f'Training batch, step {history[i]["step"]}', history[i]['load_LE']) for i in picks]
+  loads = [(f'Training batch, step {row["step"]}', row['load_LE']) for row in map(history.__getitem__, picks)]
   if run.evals:
     last = run.evals[-1]
     of = 'Validation sample' if last.get('set') == 'sample' else 'Validation set'
@@ -285,4 +288,4 @@ def plain_log_ticks(axis: Axis) -> None:
 
 
 def _finite(value):
-  return isinstance(value, int | float) and math.isfinite(value)
+  return isinstance(value, int | float) and abs(value) <= sys.float_info.max

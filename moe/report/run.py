@@ -5,13 +5,17 @@ import json
 import math
 import os
 import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moe import load_history
 from moe.balance import metrics
+from moe.config import Config
 from moe.errors import UserError
-from moe.files import write_atomically
+from moe.files import read_bytes, read_json, read_rows, write_atomically
 from moe.report import html
 
 TAIL_FRACTION = 0.1  # last fraction of the rows behind the summary's training means
@@ -19,6 +23,10 @@ CONTENTS = (
   'a run directory holds config.json and metrics.jsonl, and as far as the run got data.json, load_history.jsonl, '
   'evals.jsonl and sample.txt'
 )
+COUNTS = tuple(f'model.{key}' for key in ('num_layers', 'num_dense_layers', 'num_experts', 'top_k', 'mtp_depth'))
+COUNTS += ('train.steps',)
+MEASURED = ('_bytes', '_tokens', '_per_byte')  # how names of numbers in data.json end
+MAX_SAMPLE_BYTES = 1 << 24
 MESH_AXES = ('pipe', 'data', 'expert', 'tensor')
 
 
@@ -30,7 +38,7 @@ class Run:
   info: dict[str, Any]  # config.json: 'config', 'versions', 'command', 'device', 'parameters', 'active_parameters'
   data: dict[str, Any]  # data.json; {} if there is none
   rows: list[dict[str, Any]]  # metrics.jsonl, at least one row
-  load_history: list[dict[str, Any]]  # load_history.jsonl, 'load_LE' as int64 [L, E]
+  load_history: Sequence[dict[str, Any]]  # load_history.jsonl, 'load_LE' as int64 [L, E]; read as it is looked at
   evals: list[dict[str, Any]]  # evals.jsonl, 'load_LE' as int64 [L, E]
   sample: str | None  # sample.txt
 
@@ -39,12 +47,14 @@ class Run:
     return self.path.resolve().name
 
   def setting(self, key: str) -> Any:
-    """Value of a config key such as 'model.top_k'. Raises UserError if config.json lacks it."""
-    value = self.info['config']
+    """Value of a config key such as 'model.top_k'. Raises UserError if config.json lacks it or has another type."""
+    value, kind = self.info['config'], Config()
     for part in key.split('.'):
       if not isinstance(value, dict) or part not in value:
         raise UserError(f'{self.path / "config.json"} has no setting {key!r}; {CONTENTS}')
-      value = value[part]
+      value, kind = value[part], getattr(kind, part, None)
+    if type(value) is not type(kind) and not (isinstance(kind, float) and _number(value) is not None):
+      raise UserError(f'{self.path / "config.json"}: {key} = {str(value)[:40]!r} must be of type {type(kind).__name__}')
     return value
 
   @property
@@ -80,30 +90,25 @@ def load_run(path: str | os.PathLike) -> Run:
 
   Raises:
     UserError: no such directory, config.json or metrics.jsonl missing or without rows, or a file that is no valid
-      JSON or does not fit the config.
+      JSON or does not fit the config. A row of load_history.jsonl is looked at when it is read.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
     raise UserError(f'{path} is no directory; {CONTENTS}')
-  info = _read_json(path / 'config.json')
+  info = read_json(path / 'config.json')
   if not isinstance(info.get('config'), dict):
     raise UserError(f"{path / 'config.json'} has no section 'config'; {CONTENTS}")
-  rows = _read_jsonl(path / 'metrics.jsonl', ('loss',))
+  rows = read_rows(path / 'metrics.jsonl')
   if not rows:
     raise UserError(f'{path / "metrics.jsonl"} has no rows: the run logged nothing yet; {CONTENTS}')
-  data_path, sample_path = path / 'data.json', path / 'sample.txt'
-  run = Run(
-    path=path,
-    info=info,
-    data=_read_json(data_path) if data_path.exists() else {},
-    rows=rows,
-    load_history=_read_optional_jsonl(path / 'load_history.jsonl', ('load_LE',)),
-    evals=_read_optional_jsonl(path / 'evals.jsonl', ('load_LE',)),
-    sample=sample_path.read_text('utf-8', errors='replace') if sample_path.exists() else None,
-  )
-  _check_loads(run, 'load_history.jsonl', run.load_history)
-  _check_loads(run, 'evals.jsonl', run.evals)
-  return run
+  if bad := next((row for row in rows if 'loss' not in row), None):
+    raise UserError(f'{path / "metrics.jsonl"}: the row of step {bad["step"]} has no loss; {CONTENTS}')
+  sample = path / 'sample.txt'
+  text = read_bytes(sample, MAX_SAMPLE_BYTES).decode('utf-8', 'replace') if sample.exists() else None
+  run = Run(path, info, _data(path / 'data.json'), rows, (), [], text)
+  _check_settings(run)
+  history = load_history.LoadHistory(path / load_history.FILE, run.load_shape)
+  return dataclasses.replace(run, load_history=history, evals=_evals(path / 'evals.jsonl', run.load_shape))
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -196,61 +201,30 @@ def _median(values):
 
 
 def _number(value):
-  return value if isinstance(value, int | float) and math.isfinite(value) else None
+  """The value, if it is a finite number that fits a float; else None."""
+  return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
-def _read_json(path):
-  try:
-    value = json.loads(path.read_bytes())
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {error.strerror}; {CONTENTS}') from error
-  except ValueError as error:
-    raise UserError(f'{path} is no valid JSON ({error}); {CONTENTS}') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path} holds no JSON object; {CONTENTS}')
-  return value
+def _check_settings(run):
+  """That config.json's settings are values in sections, and that those that the report counts with make sense."""
+  sections = [section for section in run.info['config'].values() if isinstance(section, dict)]
+  values = [value for section in sections for value in section.values()]
+  if any(isinstance(value, dict | list) for value in values):
+    raise UserError(f'{run.path / "config.json"}: each setting must be a value in a section; {CONTENTS}')
+  layers, dense, experts, top_k, mtp, steps = map(run.setting, COUNTS)
+  if not (0 <= dense < layers and 1 <= top_k <= experts and mtp >= 0 and steps >= 1):
+    raise UserError(f'{run.path / "config.json"}: {", ".join(COUNTS)} = {list(map(run.setting, COUNTS))} cannot be')
 
 
-def _read_optional_jsonl(path, required):
-  return _read_jsonl(path, required) if path.exists() else []
+def _data(path):
+  """data.json, {} if there is none. Values that are not of their kind count as not measured."""
+  data = read_json(path) if path.exists() else {}
+  is_kind = lambda key, value: _number(value) is not None or (isinstance(value, str) and not key.endswith(MEASURED))
+  return {key: value for key, value in data.items() if is_kind(key, value)}
 
 
-def _read_jsonl(path, required):
-  """Rows with an int 'step' and the `required` keys; 'load_LE' becomes an array as it is read, which saves memory."""
-  try:
-    lines = path.read_bytes().rstrip().split(b'\n')
-  except OSError as error:
-    raise UserError(f'cannot read {path}: {error.strerror}; {CONTENTS}') from error
-  rows = []
-  for number, line in enumerate(lines, 1):
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      if number == len(lines):
-        break  # cut off while being written
-      raise UserError(f'{path} line {number} is no valid JSON ({error}); {CONTENTS}') from error
-    row = _checked(row, required, f'{path} line {number}')
-    while rows and rows[-1]['step'] >= row['step']:  # the run was resumed from an earlier step
-      rows.pop()
-    rows.append(row)
-  return rows
-
-
-def _checked(row, required, where):
-  if not isinstance(row, dict) or not isinstance(row.get('step'), int) or any(key not in row for key in required):
-    raise UserError(f'{where} must be an object with an integer step and {", ".join(required)}; {CONTENTS}')
-  if 'load_LE' in required:
-    try:
-      row['load_LE'] = np.array(row['load_LE'], np.int64)
-    except (TypeError, ValueError) as error:
-      raise UserError(f'{where}: load_LE must be counts, layers by experts') from error
-  return row
-
-
-def _check_loads(run, name, rows):
+def _evals(path, shape):
+  rows = read_rows(path)
   for row in rows:
-    shape = row['load_LE'].shape
-    if shape != run.load_shape:
-      raise UserError(
-        f'{run.path / name}: load_LE of step {row["step"]} has shape {shape}, but by config.json it is {run.load_shape}'
-      )
+    row['load_LE'] = load_history.decode(row.get('load_LE'), shape, f'{path}, row of step {row["step"]}')
+  return rows

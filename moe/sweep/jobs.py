@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shlex
@@ -16,7 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +22,7 @@ import tqdm
 
 from moe.errors import UserError, one_line
 from moe.files import parse_json, read_json, step_of
+from moe.lock import try_lock
 from moe.sweep.manifest import LOCK, RunOf
 from moe.sweep.variants import flatten
 
@@ -164,17 +163,12 @@ def _run_child(job, environment, stop, lock, log) -> int:
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, stop) -> Iterator[int]:
   """Waits for the lock on `path` and yields its file descriptor; without the lock if `stop` is set first."""
-  with path.open('a') as file:
-    waited = False
-    while not stop.is_set():
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:
-        if not waited:
-          _say(f'{path.parent.name}: another process is still at it; waiting for it')
-        waited = True
-        time.sleep(POLL_S)
+  lock = try_lock(path)
+  if lock is None:
+    _say(f'{path.parent.name}: another process is still at it; waiting for it')
+  while lock is None and not stop.wait(POLL_S):
+    lock = try_lock(path)
+  with lock or path.open() as file:
     yield file.fileno()
 
 

@@ -271,9 +271,12 @@ def bad_line(path):
     (lambda path: (path / 'config.json').write_text('{"config": {"model": {}}}'), "no setting 'model.num_layers'"),
     (lambda path: (path / 'metrics.jsonl').unlink(), 'metrics.jsonl'),
     (lambda path: (path / 'metrics.jsonl').write_text(''), 'metrics.jsonl has no rows'),
-    (lambda path: (path / 'metrics.jsonl').write_text('{"step": 1}\n'), 'line 1 must be .* loss'),
+    (lambda path: (path / 'metrics.jsonl').write_text('{"step": 1}\n'), 'the row of step 1 has no loss'),
     (bad_line, 'metrics.jsonl line 2 is no valid JSON'),
-    (lambda path: (path / 'evals.jsonl').write_text('{"step": 1, "load_LE": [[1, 2]]}'), r'step 1 has shape \(1, 2\)'),
+    (
+      lambda path: (path / 'evals.jsonl').write_text('{"step": 1, "load_LE": [[1, 2]]}\n'),
+      r'step 1: load_LE has shape \(1, 2\)',
+    ),
     (lambda path: (path / 'report.html').mkdir(), r'cannot write .*report\.html'),
   ],
 )

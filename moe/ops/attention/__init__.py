@@ -49,6 +49,11 @@ def extents(segment_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
   return start_BS, end_BS
 
 
+def implementation(platform: str, dtype: str) -> str:
+  """'triton' or 'blocked': which one runs on devices of a JAX platform, in a dtype (see `_on_platform`)."""
+  return 'triton' if (platform, dtype) == ('gpu', 'bfloat16') else 'blocked'
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(queries, keys, v_BSHU, start_BS, end_BS, scale):
   return _forward(queries, keys, v_BSHU, start_BS, end_BS, scale)[0]

@@ -1,0 +1,117 @@
+"""load_history.jsonl: how many tokens each expert got in logged training steps, as `load_LE`.
+
+A row is {"step": 12, "load_LE": "<base64 of zlib of little-endian int32, [L, E]>"}, which at DeepSeek-V3's size takes a
+fifth of the JSON numbers that older runs have in its place. Rows are found without being parsed, and decoded one by
+one as they are looked at, since all of them may not fit in memory.
+"""
+
+import base64
+import binascii
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe.errors import UserError
+from moe.files import open_regular, parse_json, step_of
+
+FILE = 'load_history.jsonl'
+MOST_ROWS = 2000  # of a run that does not say how often
+_STEP = re.compile(rb'\{"step": ?(\d{1,15}),')  # as our rows begin
+
+
+def rows_every(log_every: int, steps: int) -> int:
+  """Steps per row where a run does not say: its log_every, or the least multiple that makes at most MOST_ROWS rows."""
+  return log_every * -(-steps // (log_every * MOST_ROWS))
+
+
+def encode(load_LE: np.ndarray) -> str:
+  """Counts below 2^31, for a row."""
+  return base64.b64encode(zlib.compress(np.asarray(load_LE, '<i4').tobytes())).decode()
+
+
+def decode(value: Any, shape: tuple[int, int], where: str) -> np.ndarray:
+  """int64 [L, E] of a row's 'load_LE', encoded or a list. Raises UserError, which begins with `where`."""
+  if isinstance(value, str):
+    return _unpacked(value, shape, where)
+  try:
+    load_LE = np.array(value)
+  except ValueError as error:  # rows of different lengths
+    raise UserError(f'{where}: load_LE must be counts, layers by experts') from error
+  if load_LE.dtype.kind != 'i' or load_LE.min(initial=0) < 0:
+    raise UserError(f'{where}: load_LE must be counts, layers by experts')
+  if load_LE.shape != shape:
+    raise UserError(f'{where}: load_LE has shape {load_LE.shape}, but by config.json it is {shape}')
+  return load_LE.astype(np.int64)
+
+
+def _unpacked(text, shape, where):
+  size = 4 * shape[0] * shape[1]
+  try:
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(text, validate=True), size + 1)
+  except (binascii.Error, ValueError, zlib.error) as error:
+    raise UserError(f'{where}: load_LE is damaged: {error}') from error
+  load_LE = np.frombuffer(data[: len(data) // 4 * 4], '<i4')
+  if len(data) != size or not unpacker.eof or load_LE.min(initial=0) < 0:
+    raise UserError(f'{where}: load_LE does not hold counts of shape {shape}, as by config.json')
+  return load_LE.astype(np.int64).reshape(shape)
+
+
+class LoadHistory(Sequence):
+  """Rows {'step', 'load_LE': int64 [L, E]} in ascending order of their steps; a slice is a list of rows."""
+
+  def __init__(self, path: Path, shape: tuple[int, int]):
+    """Finds the rows of a file that may be missing. A last line without an end is left out; where a resumed run logged
+    steps again, the later rows count.
+
+    Args:
+      shape: (L, E).
+
+    Raises:
+      UserError: the file cannot be read, or a row is no JSON object with a step.
+    """
+    self._path, self._shape, self._places = path, shape, []  # (step, line, first byte, bytes)
+    if os.path.lexists(path):
+      self._find()
+
+  def _find(self):
+    start = 0
+    with open_regular(self._path) as file:
+      for number, line in enumerate(file, 1):
+        if line.endswith(b'\n'):
+          found, where = _STEP.match(line), f'{self._path} line {number}'
+          step = int(found[1]) if found else step_of(parse_json(line, where), where)
+          while self._places and self._places[-1][0] >= step:
+            self._places.pop()
+          self._places.append((step, number, start, len(line)))
+          start += len(line)
+
+  @property
+  def steps(self) -> list[int]:
+    return [step for step, *_ in self._places]
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self._row(*place) for place in self._places[index]]
+    return self._row(*self._places[index])
+
+  def _row(self, step, number, start, size) -> dict[str, Any]:
+    where = f'{self._path} line {number}'
+    with open_regular(self._path) as file:
+      file.seek(start)
+      row = parse_json(file.read(size), where)
+    return {'step': step, 'load_LE': decode(row.get('load_LE'), self._shape, where)}
+
+
+def line(step: int, load_LE: np.ndarray) -> str:
+  """A row as it stands in the file."""
+  return json.dumps({'step': step, 'load_LE': encode(load_LE)})
