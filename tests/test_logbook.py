@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
-from moe import load_history, logbook, run_dir
+from moe import load_history, logbook, run_dir, tensorboard
 from moe.config import Config, DataConfig
 from moe.errors import UserError
 from moe.files import read_rows
@@ -101,15 +103,40 @@ def test_rows_that_came_after_the_checkpoint_are_no_hole(tmp_path):
     assert book.holes == []
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-  """/dev/full takes bytes into the buffer and refuses them on their way out, when written and again when closed."""
+@pytest.mark.parametrize('full', ['metrics.jsonl', 'tensorboard'])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, full):
+  """/dev/full takes bytes into a buffer and refuses them on their way out: when written, and again when closed."""
   book = Logbook(tmp_path, 0, 100)
-  book._files['metrics'].close()
-  book._files['metrics'] = pathlib.Path('/dev/full').open('w')
-  for action in (lambda: book.write('metrics', {'step': 1}), book.close):
-    with pytest.raises(UserError, match=r'cannot write metrics in .*: No space left on device'):
+  file = pathlib.Path('/dev/full').open('w' if full == 'metrics.jsonl' else 'wb')  # noqa: SIM115
+  if full == 'metrics.jsonl':
+    book._files['metrics'].close()
+    book._files['metrics'] = file
+  else:
+    monkeypatch.setattr(tensorboard, 'FLUSH_S', 0)
+    book._board._records._writer.close()
+    book._board._records._writer = file
+  for action in (lambda: book.write('metrics', {'step': 1, 'loss': 2.0}), book.close):
+    with pytest.raises(UserError, match=r'cannot write (metrics|tensorboard) in .*: No space left on device'):
       action()
   assert all(file.closed for file in book._files.values())
+
+
+def test_tensorboard_shows_the_rows_once(tmp_path):
+  """Read back by the format alone: records of a length, its checksum, the event and its checksum."""
+  for resume in (0, 2):
+    written(tmp_path, [resume + 1, resume + 2], resume)
+  events = []
+  for file in sorted((tmp_path / 'tensorboard').iterdir(), key=lambda file: file.name.split('.')[-1]):
+    data = file.read_bytes()
+    while data:
+      (size,) = struct.unpack('<Q', data[:8])
+      events.append(Event.FromString(data[12 : 12 + size]))
+      data = data[16 + size :]
+  assert [event.step for event in events if event.HasField('session_log')] == [1, 3]
+  losses = [
+    (event.step, {v.tag: v.simple_value for v in event.summary.value}) for event in events if event.summary.value
+  ]
+  assert losses == [(step, {'loss': pytest.approx(1 / step)}) for step in (1, 2, 3, 4)]
 
 
 def test_a_rows_bytes_are_on_disk_when_a_checkpoint_counts_them(tmp_path, monkeypatch):

@@ -277,9 +277,9 @@ def test_lost_rows_are_marked_and_a_lost_evaluation_is_made_again(finished, corp
 
 def test_a_run_has_one_owner(finished, corpus):
   before = {file: file.read_bytes() for file in finished.glob('*.json*')}
-  with run_dir.owned(finished, config(corpus), print):
-    with pytest.raises(UserError, match=r'process \d+ on .* is at work on the run in'):
-      loop.train(config(corpus), str(finished))
+  owner, refused = run_dir.owned(finished, config(corpus), print), pytest.raises(UserError, match='is at work on the')
+  with owner, refused:
+    loop.train(config(corpus), str(finished))
   assert {file: file.read_bytes() for file in finished.glob('*.json*')} == before
 
 
