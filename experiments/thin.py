@@ -46,8 +46,8 @@ def main(argv):
 
 def _copy(source: pathlib.Path, out: pathlib.Path):
   run = load_run(source)
-  info = {key: value for key, value in run.info.items() if key != 'command'}  # paths of the machine it ran on
-  info['starts'] = [{k: v for k, v in start.items() if k != 'command'} for start in run.info.get('starts', [])]
+  public = lambda fields: {key: value for key, value in fields.items() if key != 'command'}  # it has a machine's paths
+  info = public(run.info) | {'starts': [public(start) for start in run.starts]}
   write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
   for name in ('data.json', 'evals.jsonl'):
     try:

@@ -1,7 +1,7 @@
 """load_history.jsonl: how many tokens each expert got in logged training steps, as `load_LE`.
 
 A row is {"step": 12, "load_LE": "<base64 of zlib of little-endian int32, [L, E]>"}, which at DeepSeek-V3's size takes a
-fifth of the JSON numbers that older runs have in its place. Rows are found without being parsed, and decoded one by
+third of the JSON numbers that older runs have in its place. Rows are found without being parsed, and decoded one by
 one as they are looked at, since all of them may not fit in memory.
 """
 

@@ -9,6 +9,7 @@ than WATCH_S on such a file system.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -68,17 +69,12 @@ def _beating(file):
   ended = threading.Event()
 
   def beat():
-    beats = 0
-    while True:
-      # A disk that refuses the words does not end the run, which has the lock all the same.
-      with contextlib.suppress(OSError):
-        words = {'host': platform.node(), 'boot': _boot(), 'process': os.getpid(), 'beats': beats}
-        os.pwrite(file.fileno(), json.dumps(words).encode().ljust(WORDS_BYTES), 0)
-        os.fsync(file.fileno())
-      beats += 1
+    for beats in itertools.count(1):
       if ended.wait(BEAT_S):
         return
+      _write(file, beats)
 
+  _write(file, 0)
   thread = threading.Thread(target=beat, daemon=True)
   thread.start()
   try:
@@ -88,6 +84,14 @@ def _beating(file):
     thread.join()
     with contextlib.suppress(OSError):
       file.truncate(0)  # the owner ended by itself: nobody need watch for it
+
+
+def _write(file, beats):
+  """An owner's words. A disk that refuses them does not end the run, which has the lock all the same."""
+  words = {'host': platform.node(), 'boot': _boot(), 'process': os.getpid(), 'beats': beats}
+  with contextlib.suppress(OSError):
+    os.pwrite(file.fileno(), json.dumps(words).encode().ljust(WORDS_BYTES), 0)
+    os.fsync(file.fileno())
 
 
 def _is_alive(path, words, say) -> bool:

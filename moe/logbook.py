@@ -11,11 +11,11 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-import tensorboardX
 
 from moe import load_history
 from moe.errors import UserError
 from moe.files import parse_json, step_of
+from moe.tensorboard import Board
 
 FILES = ('metrics', 'load_history', 'evals')
 BLOCK_BYTES = 1 << 16  # of a file that is read from its end
@@ -43,7 +43,7 @@ class Logbook:
         self.holes += _hole(path, last, (logged or {}).get(name))
         self._files[name] = path.open('a', encoding='utf-8')
       _sync_folder(run_dir)
-      self._board = tensorboardX.SummaryWriter(str(run_dir / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30)
+      self._board = Board(run_dir / 'tensorboard', resume_step + 1)
     except OSError as error:
       raise UserError(f'cannot write to {run_dir}: {error.strerror}') from error
 
@@ -51,8 +51,7 @@ class Logbook:
     """Appends `row` (with its 'step') to `name`.jsonl, and its numbers to TensorBoard. Raises UserError."""
     with self._guarded(name):
       self._append(name, json.dumps(row, allow_nan=False))
-      for tag, value in _numbers(row):
-        self._board.add_scalar(tag, value, row['step'])
+      self._board.add(row['step'], dict(_numbers(row)))
 
   def write_loads(self, step: int, load_LE: np.ndarray) -> None:
     """Appends a row to load_history.jsonl. Raises UserError."""

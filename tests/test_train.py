@@ -1,5 +1,7 @@
 """The training command from outside: interruption, resumption, other meshes, and every kind of bad input."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from processes import environment
 
-from moe import flops, load_history, loop
+from moe import flops, load_history, loop, mesh, run_dir
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, from_config_dict, to_config_dict
 from moe.errors import UserError
@@ -188,6 +190,107 @@ def test_checkpoint_continues_on_another_mesh(finished, corpus, tmp_path):
   assert again[:8] == before[:8]
   np.testing.assert_allclose([row['loss'] for row in again], [row['loss'] for row in before], rtol=1e-5)
   assert rows(copy, 'load_history')[8] == rows(finished, 'load_history')[8]
+  before, after = json.loads((copy / 'config.json').read_text())['starts']
+  assert before == json.loads((finished / 'config.json').read_text())['starts'][0]
+  assert [before[key] for key in ('step', 'mesh', 'dispatch')] == [0, dict.fromkeys(mesh.AXES, 1), 'local']
+  assert after['step'] == 8
+  assert after['mesh'] == {'pipe': 1, 'data': 2, 'expert': 4, 'tensor': 2}
+  assert (after['dispatch'], after['grouped_matmul'], after['device']) == ('all_gather', 'blocked', '16 x cpu (cpu)')
+  assert after['changed'] == {
+    'train.sample_tokens': [3, 0],
+    **{f'mesh.{axis}': [0, size] for axis, size in after['mesh'].items() if size > 1},
+  }
+  assert 'holes' not in after
+
+
+def stopping(monkeypatch, after):
+  """A signal comes when the run has asked so many times whether one has."""
+  asked = []
+
+  @contextlib.contextmanager
+  def signals():
+    yield lambda: (asked.append(1), len(asked) > after)[1]
+
+  monkeypatch.setattr(loop, '_stop_on_signal', signals)
+
+
+def test_a_signal_in_the_final_evaluation_or_the_sample_stops_it(finished, corpus, tmp_path, monkeypatch, capsys):
+  copy = tmp_path / 'copy'
+  shutil.copytree(finished, copy)
+  (copy / 'report.html').unlink()
+  settings, batches = config(corpus), -(-json.loads((finished / 'data.json').read_text())['val_tokens'] // (32 * 16))
+  with monkeypatch.context() as patched:
+    stopping(patched, after=1)
+    assert loop.train(settings, str(copy)) is None
+    assert [row['step'] for row in rows(copy, 'evals')] == [4, 8]
+    assert 'the same command continues with the evaluation' in capsys.readouterr().err
+    told = []
+
+    def continuation(*arguments):
+      told.extend(arguments[-1](0, [1]) for _ in range(2))  # the caller's word on whether to stop
+      return 'cut short'
+
+    patched.setattr(loop, 'continuation', continuation)
+    stopping(patched, after=batches + 1)
+    assert loop.train(config(corpus, **SAMPLED), str(copy)) is None
+    assert told == [False, True]
+  assert (copy / 'sample.txt').read_text() == (finished / 'sample.txt').read_text()
+  assert not (copy / 'report.html').exists()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:  # outside the main thread, where Python sets no handlers
+    assert pool.submit(loop.train, settings, str(copy)).result()['finished']
+  assert [row['step'] for row in rows(copy, 'evals')] == [4, 8, 12]
+  np.testing.assert_allclose(rows(copy, 'evals')[2]['val_loss'], rows(finished, 'evals')[2]['val_loss'], rtol=1e-6)
+  assert [row['step'] for row in rows(copy)] == list(range(1, 13))
+  assert (copy / 'report.html').exists()
+
+
+def test_the_first_signal_is_told_and_a_second_ctrl_c_acts_as_usual():
+  before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+  with loop._stop_on_signal() as stop:
+    assert not stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop()
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_lost_rows_are_marked_and_a_lost_evaluation_is_made_again(finished, corpus, tmp_path, capsys):
+  copy = tmp_path / 'copy'
+  shutil.copytree(finished, copy)
+  shutil.rmtree(copy / 'checkpoints' / '12')
+  for name, kept in (('metrics', 5), ('evals', 1)):
+    lines = (copy / f'{name}.jsonl').read_text().splitlines(keepends=True)
+    (copy / f'{name}.jsonl').write_text(''.join(lines[:kept]))
+  assert loop.train(config(corpus), str(copy))['finished']
+  assert [row['step'] for row in rows(copy)] == [1, 2, 3, 4, 5, 9, 10, 11, 12]
+  assert rows(copy, 'load_history') == rows(finished, 'load_history')
+  assert [row['step'] for row in rows(copy, 'evals')] == [4, 8, 12]
+  np.testing.assert_allclose(rows(copy, 'evals')[1]['val_loss'], rows(finished, 'evals')[1]['val_loss'], rtol=1e-6)
+  said, holes = capsys.readouterr().err, json.loads((copy / 'config.json').read_text())['starts'][1]['holes']
+  assert [hole.split(',')[0] for hole in holes] == ['metrics.jsonl ends at step 5', 'evals.jsonl ends at step 4']
+  assert all(hole in said and hole in (copy / 'report.html').read_text() for hole in holes)
+  assert 'parameters' in said
+  assert 'dispatch local, grouped_matmul blocked, attention blocked' in said
+
+
+def test_a_run_has_one_owner(finished, corpus):
+  before = {file: file.read_bytes() for file in finished.glob('*.json*')}
+  owner, refused = run_dir.owned(finished, config(corpus), print), pytest.raises(UserError, match='is at work on the')
+  with owner, refused:
+    loop.train(config(corpus), str(finished))
+  assert {file: file.read_bytes() for file in finished.glob('*.json*')} == before
+
+
+def test_a_run_whose_checkpoints_were_deleted_keeps_its_rows(finished, corpus, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(finished, copy)
+  for step in (copy / 'checkpoints').iterdir():
+    shutil.rmtree(step)
+  with pytest.raises(UserError, match='has no checkpoints any more'):
+    loop.train(config(corpus), str(copy))
+  assert rows(copy) == rows(finished)
 
 
 def test_two_processes_train_like_one(finished, corpus, tmp_path):

@@ -21,6 +21,7 @@ def page(run: 'Run', summary: dict[str, Any]) -> str:
     f'<h1>{escape(summary["run"])}</h1>',
     f'<p class="muted">{_state(summary["steps"], run.setting("train.steps"), summary["finished"])}</p>',
     f'<p class="verdict">{escape(verdict(summary))}</p>',
+    *(f'<p>Missing rows: {escape(hole)}.</p>' for hole in run.holes),
     _tables(run, summary),
     '<div class="grid">',
     section(
@@ -41,6 +42,7 @@ def page(run: 'Run', summary: dict[str, Any]) -> str:
     '<h2>Set-up</h2>',
     details('Command', run.info.get('command')),
     details('Versions', summary['versions']),
+    details('Starts', run.starts),
     details('Complete config', run.info['config']),
   ]
   return document(summary['run'], body)

@@ -35,7 +35,7 @@ class Run:
   """The files of one run directory. Rows are in ascending order of their 'step'."""
 
   path: pathlib.Path
-  info: dict[str, Any]  # config.json: 'config', 'versions', 'command', 'device', 'parameters', 'active_parameters'
+  info: dict[str, Any]  # config.json: moe.run_dir.describe_run says what is in it
   data: dict[str, Any]  # data.json; {} if there is none
   rows: list[dict[str, Any]]  # metrics.jsonl, at least one row
   load_history: Sequence[dict[str, Any]]  # load_history.jsonl, 'load_LE' as int64 [L, E]; read as it is looked at
@@ -69,6 +69,18 @@ class Run:
     layers = range(self.setting('model.num_dense_layers'), self.setting('model.num_layers'))
     return [f'layer {i}' for i in layers] + [f'MTP {i}' for i in range(self.setting('model.mtp_depth'))]
 
+  @property
+  def starts(self) -> list[dict[str, Any]]:
+    """What config.json says of each start of the run; [] for a run from before it did."""
+    starts = self.info.get('starts')
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+  @property
+  def holes(self) -> list[str]:
+    """Lines about rows that were missing when the run was started again."""
+    found = [start.get('holes') for start in self.starts]
+    return [hole for holes in found if isinstance(holes, list) for hole in holes if isinstance(hole, str)]
+
   def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows where `key` is a finite number; both empty if there are none."""
     points = [(row['step'], row[key]) for row in self.rows if _number(row.get(key)) is not None]
@@ -98,6 +110,10 @@ def load_run(path: str | os.PathLike) -> Run:
   info = read_json(path / 'config.json')
   if not isinstance(info.get('config'), dict):
     raise UserError(f"{path / 'config.json'} has no section 'config'; {CONTENTS}")
+  try:
+    json.dumps(info, indent=2)  # as the report shows it
+  except RecursionError as error:
+    raise UserError(f'{path / "config.json"} is no valid JSON of a run: it is nested too deeply') from error
   rows = read_rows(path / 'metrics.jsonl')
   if not rows:
     raise UserError(f'{path / "metrics.jsonl"} has no rows: the run logged nothing yet; {CONTENTS}')
