@@ -118,6 +118,17 @@ def test_quantised_text(run, text_of, tmp_path):
   assert text_of(tmp_path / 'hf', '--dequantize').out == held
 
 
+def test_chat(folder, text_of, tmp_path):
+  """The answer alone; to a template that says what a document does, the text that goes on from there."""
+  plain = text_of(folder).out
+  shutil.copytree(folder, tmp_path / 'hf')
+  (tmp_path / 'hf' / 'chat_template.jinja').write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+  assert PROMPT + text_of(tmp_path / 'hf', '--chat').out == plain
+  assert f'{PROMPT}\n' in text_of(tmp_path / 'hf', '--chat', f'--prompt={PROMPT}').out  # of several, each
+  with pytest.raises(UserError, match='there is no chat template'):
+    text_of(folder, '--chat')
+
+
 def test_several_prompts_and_a_stop(run, script, capsys):
   always = f'--checkpoint={run}', '--max_tokens=6', '--prompt=x', '--prompt=y =', '--cache_tokens=40'
   script('generate', *always, '--stop=never there')

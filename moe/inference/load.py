@@ -18,6 +18,7 @@ from moe.errors import UserError
 from moe.interop import hf_config
 from moe.interop import load as from_folder
 from moe.interop.load import open_checkpoint
+from moe.interop.run_sizes import check_layers
 from moe.mesh import make_mesh, mesh_shape, platform_of, setup_devices
 from moe.model import transformer
 from moe.run_dir import read_config
@@ -63,6 +64,7 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     base, remarks = _config_of(checkpoint.model, hf_config.read(path)), checkpoint.remarks
   else:
     base, remarks = read_config(path), []
+    check_layers(path, base.model)
   read_by = _tokenizer(path, tokenizer, base.model.vocab_size)
   config = for_inference(base, mesh, compute)
   device_mesh = make_mesh(config)

@@ -17,6 +17,7 @@ from moe.errors import UserError
 from moe.folder import new_folder
 from moe.interop import formats, hf_config, names, shards
 from moe.interop.load import array_shapes
+from moe.interop.run_sizes import check_layers
 from moe.interop.run_weights import RunWeights
 from moe.run_dir import read_config
 
@@ -44,9 +45,9 @@ def export_run(
   if not 0 < max_shard_gb < math.inf:
     raise UserError(f'max_shard_gb = {max_shard_gb} must be above 0')
   config, tokenizer, said = read_config(run), _read_tokenizer(run), folder_tokens.read(run)
-  hf = hf_config.to_hf(
-    config, dtype, tokenizer.bos_id if tokenizer else None, quantize, _kept_fields(run, config, said)
-  )
+  check_layers(run, config.model)
+  bos_id, kept = tokenizer.bos_id if tokenizer else None, _kept_fields(run, config, said)
+  hf = hf_config.to_hf(config, dtype, bos_id, quantize, kept)
   weights = RunWeights(run, array_shapes(config.model))
   if hf['model_type'] == hf_config.V2 and weights.read(names.View('bias_LE')).any():
     raise UserError(f'{run} has softmax scores and a router bias, for which {hf_config.V2} has no place')

@@ -136,7 +136,8 @@ VARIANTS = {
   'no_query_latent_no_groups': {'q_lora_rank': 0, 'num_groups': 1, 'top_groups': 1, 'yarn_factor': 1.0},
   'mha': {'attention': 'mha', 'q_lora_rank': 0, 'qk_nope_dim': 0},
   'tied_no_shared': {'tie_embeddings': True, 'num_shared_experts': 0, 'num_dense_layers': 0, 'mtp_depth': 0},
-  'an_expert_for_each_row': {'num_experts': 16},  # of chunks of one token
+  # Of chunks of one token; with another eps than the latents', so large that it matters which a norm has.
+  'an_expert_for_each_row': {'num_experts': 16, 'norm_eps': 0.1},
   'and_no_shared': {'num_experts': 16, 'num_shared_experts': 0},
   'and_two_shared': {'num_experts': 16, 'num_shared_experts': 2},  # unlike the others
 }

@@ -73,6 +73,26 @@ CASES = {
   'no_dense_unnormalised': {'first_k_dense_replace': 0, 'norm_topk_prob': False},
   'tied': {'tie_word_embeddings': True, 'q_lora_rank': 7},
   'two_shared_200_tokens': {'n_shared_experts': 2, 'vocab_size': 200, 'rope_theta': 500.0, **GROUPS},
+  'moonlight': {'rms_norm_eps': 1e-5, 'n_shared_experts': 2, 'routed_scaling_factor': 2.446, 'rope_theta': 50000.0},
+  'glm4_moe_lite': {
+    'model_type': 'glm4_moe_lite',
+    'architectures': ['Glm4MoeLiteForCausalLM'],
+    'rms_norm_eps': 1e-5,
+    'q_lora_rank': 7,
+    'first_k_dense_replace': None,
+    'mlp_layer_types': ['dense', 'dense', 'sparse'],
+    'partial_rotary_factor': 1.0,
+  },
+  'deepseek_v2': {
+    'model_type': 'deepseek_v2',
+    'kv_lora_rank': 10,  # torch wants even strides
+    'architectures': ['DeepseekV2ForCausalLM'],
+    'scoring_func': 'softmax',
+    'topk_method': 'greedy',
+    'norm_topk_prob': False,
+    'routed_scaling_factor': 1.7,
+    'rope_scaling': {**YARN, 'mscale': 0.707, 'mscale_all_dim': 0.707},
+  },
   'mtp': {'num_nextn_predict_layers': 2, 'q_lora_rank': 7, 'rope_scaling': YARN, **GROUPS},
 }
 
@@ -88,8 +108,9 @@ def shapes(hf: dict) -> dict[str, tuple[int, ...]]:
   found = {'model.embed_tokens.weight': (V, D), 'model.norm.weight': (D,)}
   if not hf['tie_word_embeddings']:
     found['lm_head.weight'] = (V, D)
+  first = hf['first_k_dense_replace']
   for number in range(layers + hf['num_nextn_predict_layers']):
-    layer = _layer(hf, number >= hf['first_k_dense_replace'])
+    layer = _layer(hf, number >= first if first is not None else hf['mlp_layer_types'][number] == 'sparse')
     if number >= layers:
       layer |= {'enorm.weight': (D,), 'hnorm.weight': (D,), 'shared_head.norm.weight': (D,)}
       layer |= {'eh_proj.weight': (D, 2 * D), 'embed_tokens.weight': (V, D), 'shared_head.head.weight': (V, D)}
@@ -116,7 +137,9 @@ def _layer(hf, has_experts):
   widths = {'mlp': hf['intermediate_size']}
   if has_experts:
     E, F = hf['n_routed_experts'], hf['moe_intermediate_size']
-    layer |= {'mlp.gate.weight': (E, D), 'mlp.gate.e_score_correction_bias': (E,)}
+    layer |= {'mlp.gate.weight': (E, D)}
+    if hf['model_type'] != 'deepseek_v2':
+      layer |= {'mlp.gate.e_score_correction_bias': (E,)}
     widths = {f'mlp.experts.{expert}': F for expert in range(E)} | {'mlp.shared_experts': F * hf['n_shared_experts']}
   for name, width in widths.items():
     layer |= {f'{name}.gate_proj.weight': (width, D), f'{name}.up_proj.weight': (width, D)}
@@ -133,6 +156,8 @@ def weights(hf: dict) -> dict[str, np.ndarray]:
       value = rng.uniform(0, 0.3, shape)
     else:
       value = 0.3 * rng.normal(size=shape) + (len(shape) == 1)  # the scales of norms lie around 1
+    if hf['rms_norm_eps'] != 1e-6 and any(part in name for part in ('embed', '_a_proj')):
+      value *= 0.01  # so that what is normed is so small that each norm's eps matters
     values[name] = value.astype(np.float32)
   for name in shape_of:  # what an MTP module shares with the model stands in the files again
     if name.endswith('.embed_tokens.weight'):
@@ -179,9 +204,9 @@ def our_logits(model, params, bias_LE, token_BS, mesh) -> np.ndarray:
 def their_logits(folder, token_BS, mtp_depth: int = 0) -> np.ndarray:
   """The same of transformers' model in `folder`. Raises ValueError if it misses a tensor."""
   import torch
-  from transformers import DeepseekV3ForCausalLM
+  from transformers import AutoModelForCausalLM
 
-  model, info = DeepseekV3ForCausalLM.from_pretrained(
+  model, info = AutoModelForCausalLM.from_pretrained(
     folder,
     dtype=torch.float32,
     attn_implementation='eager',

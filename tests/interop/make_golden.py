@@ -1,4 +1,4 @@
-"""Makes golden_logits.npz: the logits of transformers.DeepseekV3ForCausalLM on the checkpoints of hf_cases.py.
+"""Makes golden_logits.npz: the logits of transformers' models on the checkpoints of hf_cases.py.
 
 python tests/interop/make_golden.py, where torch and transformers are installed.
 """

@@ -1,15 +1,18 @@
 """Ours exported and loaded by transformers, theirs saved and loaded by us; runs where torch is installed."""
 
 import dataclasses
+import json
 
 import hf_cases
 import numpy as np
 import pytest
+import tokenizers
 from our_runs import make_run, nested, random_arrays, read_hf, read_run
 
 from moe import loop
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moe.data.tokenizer import load_saved
+from moe.inference import chat
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
@@ -75,6 +78,34 @@ def test_train_export_load(tmp_path, mesh_of):
   tokenizer = load_saved(tmp_path / 'run' / 'tokenizer.json')
   expected = [tokenizer.bos_id, *tokenizer.encode(b'what it is')]  # as a document begins in training
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')('what it is').input_ids == expected
+
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{% if message.role == 'user' %}{{ '<|user|>' + message.content | trim }}
+{% generation %}{{ eos_token }}{% endgeneration %}
+{% else %}{{ raise_exception('who?') }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}<|user|>{{ tools | tojson }}{% endif %}"""
+
+
+@pytest.mark.parametrize('adds_bos', [True, False, None])
+def test_prompts_and_conversations(adds_bos, tmp_path):
+  """The same tokens, of a text and by a chat template, whatever the folder says of BOS."""
+  words = ['<s>', '</s>', '<|user|>', *'\u0120'.join('abcdelnu<|>\u010a/')]
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(dict.fromkeys(words))}, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(words[:3])
+  tokenizer.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  fields = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<s>', 'eos_token': '</s>'}
+  fields |= {} if adds_bos is None else {'add_bos_token': adds_bos}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+  (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
+  theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_saved(tmp_path / 'tokenizer.json')
+  assert theirs('a bed').input_ids == [*ours.begin_ids, *ours.encode(b'a bed')]
+  messages = [{'role': 'user', 'content': ' a bed '}]
+  expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+  assert chat.encode(messages, ours) == expected
 
 
 def test_theirs_loaded_by_us(tmp_path, mesh_of):
