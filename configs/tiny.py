@@ -29,7 +29,7 @@ def get_config(arg: str = ''):
       balance=BalanceConfig(gamma=0.003),
       data=DataConfig(seq_len=128, val_fraction=0.01),
       optimizer=OptimizerConfig(learning_rate=3e-3),
-      train=TrainConfig(steps=400, batch_size=16, eval_every=200, eval_sequences=128),
+      train=TrainConfig(steps=400, batch_size=16, eval_every=200, eval_sequences=512),
     ),
     arg,
   )

@@ -60,16 +60,25 @@ def lost_share(tokenizer: Tokenizer, documents: Sequence[Document]) -> float:
   """Share of pieces of text, spread over all, that `tokenizer` does not give back as they were; 0 to 1.
 
   Bits per byte compare with nothing where text is lost: what an unknown word or a lower-cased letter was is not paid
-  for. Spaces at the beginning of a piece, which some tokenizers add and take away again, do not count.
+  for. Spaces at the ends of a piece, which some tokenizers add and take away again, do not count.
   """
   ends = np.cumsum([len(document.text) for document in documents])
   lost = 0
   for at in (2 * np.arange(SAMPLES) + 1) * ends[-1] // (2 * SAMPLES):
     i = int(np.searchsorted(ends, at, side='right'))
-    offset = int(at - ends[i]) + len(documents[i].text)
-    piece = documents[i].text[offset : offset + SAMPLE_BYTES].decode('utf-8', 'ignore')  # of cut characters, nothing
-    lost += tokenizer.decode(tokenizer.encode(piece.encode())).lstrip(' ') != piece.lstrip(' ')
+    size = len(documents[i].text)
+    first = max(0, min(int(at - ends[i]) + size, size - SAMPLE_BYTES))
+    piece = _whole_words(documents[i].text, first, first + SAMPLE_BYTES).decode('utf-8', 'ignore')
+    lost += tokenizer.decode(tokenizer.encode(piece.encode())).strip(' ') != piece.strip(' ')
   return lost / SAMPLES
+
+
+def _whole_words(text: bytes, first: int, end: int) -> bytes:
+  """text[first:end] from its first space on and up to its last one, unless the text itself begins or ends there."""
+  piece = text[first:end]
+  if first:
+    piece = piece.split(None, 1)[-1] if piece.strip() else b''
+  return piece.rsplit(None, 1)[0] if end < len(text) and piece.strip() else piece
 
 
 def describe(path: Path, corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, Rows], data: DataConfig) -> list[str]:
