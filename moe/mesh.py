@@ -8,7 +8,7 @@ import math
 import os
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from moe.config import Config, MeshConfig
 from moe.errors import UserError
@@ -16,6 +16,8 @@ from moe.validation import parameters
 
 AXES = ('pipe', 'data', 'expert', 'tensor')
 BATCH_AXES = ('data', 'expert')
+
+HOPPER = AbstractDevice('NVIDIA H100', num_cores=132, platform='gpu')  # what kernels are lowered for without a device
 
 # (pipe, data, expert, tensor). The H20 cluster has 2 nodes of 8 GPUs.
 PRESETS = {
@@ -101,8 +103,8 @@ def platform_of(mesh: Mesh) -> str:
 
 
 def abstract_mesh(shape: tuple[int, int, int, int]) -> AbstractMesh:
-  """A mesh without devices, to trace and lower programs for clusters that are not at hand."""
-  return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 4)
+  """A mesh without devices, to trace and lower programs for clusters of Hopper GPUs that are not at hand."""
+  return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=HOPPER)
 
 
 def describe(shape) -> str:

@@ -197,4 +197,5 @@ def _advance(slots: Slots, next_BK, accepted_B, settings: Settings) -> tuple[Slo
 
 def _ends(token, settings: Settings) -> jax.Array:
   """Whether tokens end their sequences: bool, of their shape."""
-  return (token[..., None] == jnp.array(settings.eos_ids, jnp.int32)).any(-1)
+  # With NO_TOKEN, which no token is, the array is never empty: an empty one in a shard_map kills jax 0.11.
+  return (token[..., None] == jnp.array((*settings.eos_ids, NO_TOKEN), jnp.int32)).any(-1)

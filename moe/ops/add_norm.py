@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from moe.ops.triton_call import call
+from moe.ops.triton_call import call, span
 from moe.ops.varying import align
 
 WARPS = 16
@@ -73,9 +73,8 @@ def _on_gpu(stream, scale_D, eps, interpret=False):
 def _kernel(x, scale, *refs, weighted: list[bool], eps: float):
   """One row per program."""
   (*of_sums, out, normed), t, D = refs, pl.program_id(0), x.shape[1]
-  zero = t * 0  # hides indices: a slice known to reach past the end is refused, and jax 0.10 interprets no constant one
-  columns = pl.ds(zero, pl.next_power_of_2(D))
-  inside = jnp.arange(columns.size) < D
+  zero = t * 0  # hides indices: jax 0.10 interprets no constant one
+  columns, inside = span(zero, D)
   load = lambda ref, *at: plt.load(ref.at[*at, columns], mask=inside, other=0)
   # All loads come before all arithmetic, so that they are under way together.
   values, scales, terms = load(x, t), load(scale), []

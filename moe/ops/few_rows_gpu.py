@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe.ops.quantize_gpu import BLOCK
-from moe.ops.triton_call import call
+from moe.ops.triton_call import call, span
 from moe.ops.weights import DECODED, GROUP, Fp8Weight, Mxfp4Weight, decode, decode_scale, shape_of
 
 
@@ -278,8 +278,8 @@ def _item(of_items, x, out, plan):
   if plan.items == 'each':
     expert = of_items[i]
     return Item(expert, i, 1, expert == plan.experts), i // (out.shape[1] // x_rows)
-  number_e = jnp.arange(pl.next_power_of_2(plan.experts))
-  size_e = plt.load(of_items.at[pl.ds(0, len(number_e))], mask=number_e < plan.experts, other=0)
+  at_e, inside_e = span(i * 0, plan.experts)
+  size_e = plt.load(of_items.at[at_e], mask=inside_e, other=0)
   item = item_of(i, size_e, x_rows, plan.rows)
   return item, item.row
 

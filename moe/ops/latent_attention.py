@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe.ops.latent_inputs_gpu import FEW_TOKENS
-from moe.ops.triton_call import call
+from moe.ops.triton_call import call, span
 from moe.ops.varying import align
 
 ROWS, BLOCK = 16, 64  # rows of queries and positions of the cache that a program has at a time
@@ -94,17 +94,16 @@ def _kernel(q, cache, position, out, lse, scale: float, width: int, part: int, b
   (M, W), T = q.shape[1:], cache.shape[1]
   mine = first + jnp.arange(ROWS) < M
   rows = pl.ds(first, ROWS)
-  # Two pieces, as tensors in Triton are powers of two wide.
-  pieces = [_span(0, width), _span(width, W - width)]
-  load = lambda ref, i, at, there, span: plt.load(ref.at[i, at, span[0]], mask=there[:, None] & span[1], other=0)
-  queries = [load(q, b, rows, mine, span) for span in pieces]
+  pieces = [span(p * 0, width, least=16), span(p * 0 + width, W - width, least=16)]
+  load = lambda ref, i, at, there, piece: plt.load(ref.at[i, at, piece[0]], mask=there[:, None] & piece[1], other=0)
+  queries = [load(q, b, rows, mine, piece) for piece in pieces]
   last = jnp.minimum(plt.load(position.at[b, rows], mask=mine, other=0), T - 1)
 
   def step(j, carry):
     top, total, sums = carry
     at = p * part + j * block
     columns = at + jnp.arange(block)
-    keys = [load(cache, b, pl.ds(at, block), columns < T, span) for span in pieces]
+    keys = [load(cache, b, pl.ds(at, block), columns < T, piece) for piece in pieces]
     scores = sum(plt.dot(query, key.T) for query, key in zip(queries, keys, strict=True)) * scale
     scores = jnp.where(columns <= last[:, None], scores, MASKED)
     new_top = jnp.maximum(top, scores.max(1))
@@ -123,14 +122,6 @@ def _kernel(q, cache, position, out, lse, scale: float, width: int, part: int, b
   plt.store(lse.at[p, b, rows], jnp.where(total > 0, top + jnp.log2(total_or_1), MASKED), mask=mine)
 
 
-def _span(start: int, size: int):
-  """(`size` columns from `start` and what is missing to a power of two, 16 at least; which of them are not that)."""
-  wide = max(16, pl.next_power_of_2(size))  # tensor cores take no less
-  if wide > size:  # a slice known to reach past the end is refused, so its start is hidden
-    start += pl.program_id(0) * 0
-  return pl.ds(start, wide), jnp.arange(wide) < size
-
-
 def _values_on_gpu(out_PBMC, lse_PBM, w_value_CHU, shape, dtype, interpret: bool):
   """The parts put together, times the values' up-projection: [B, S, H, U]. shape: B, S, H."""
   H, U = w_value_CHU.shape[1:]
@@ -143,7 +134,7 @@ def _values_on_gpu(out_PBMC, lse_PBM, w_value_CHU, shape, dtype, interpret: bool
 def _values_kernel(parts, lse, w_value, out):
   """Some columns of a head's values, for all tokens."""
   (P, B, M, C), h, column = parts.shape, pl.program_id(0), pl.program_id(1) * COLUMNS
-  S, (latent, inside_C), inside_U = out.shape[1], _span(0, C), column + jnp.arange(COLUMNS) < out.shape[3]
+  S, (latent, inside_C), inside_U = out.shape[1], span(h * 0, C), column + jnp.arange(COLUMNS) < out.shape[3]
   mask = inside_C[:, None] & inside_U
   w_CU = plt.load(w_value.at[latent, h, pl.ds(column, COLUMNS)], mask=mask, other=0).astype(jnp.float32)
   many = min(PARTS, pl.next_power_of_2(P))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from moe.ops.triton_call import call
+from moe.ops.triton_call import call, span
 
 FEW_TOKENS = 8  # up to which this pays: tokens are multiplied one by one
 COLUMNS, WARPS = 64, 4
@@ -74,10 +74,10 @@ def _kernel(query, down, w_key, scale, cos, sin, position, cache_in, q_out, cach
 
 def _multiply(query, w_key, q_out, h, column, width: int):
   (C, _, N), (T, _, W) = w_key.shape, q_out.shape
-  inside_C, inside_N = column + jnp.arange(COLUMNS) < C, jnp.arange(pl.next_power_of_2(N)) < N
-  mask = inside_C[:, None] & inside_N
   zero = h * 0  # hides indices, see `_sum`
-  place = w_key.at[pl.ds(column, COLUMNS), h, pl.ds(zero, len(inside_N))]
+  inside_C, (all_N, inside_N) = column + jnp.arange(COLUMNS) < C, span(zero, N)
+  mask = inside_C[:, None] & inside_N
+  place = w_key.at[pl.ds(column, COLUMNS), h, all_N]
   tile = plt.load(place, mask=mask, other=0).astype(jnp.float32)
   for t in range(T):
     q = _sum(query, zero + t, h * width + jnp.arange(len(inside_N)), inside_N, q_out.dtype)
@@ -87,23 +87,23 @@ def _multiply(query, w_key, q_out, h, column, width: int):
 
 def _turn_queries(query, q_out, t, C: int, N: int, turn):
   H, R = q_out.shape[1], q_out.shape[2] - C
-  head, r = jnp.arange(pl.next_power_of_2(H))[:, None], jnp.arange(pl.next_power_of_2(R))
-  turned = turn(query, head * (N + R) + N, r, (head < H) & (r < R), q_out.dtype)
-  place = q_out.at[t, pl.ds(t * 0, len(head)), pl.ds(C + t * 0, len(r))]
-  plt.store(place, turned, mask=(head < H) & (r < R))
+  (heads, inside_H), (rotary, inside_R) = span(t * 0, H), span(t * 0 + C, R)
+  head, r, mask = jnp.arange(len(inside_H))[:, None], jnp.arange(len(inside_R)), inside_H[:, None] & inside_R
+  turned = turn(query, head * (N + R) + N, r, mask, q_out.dtype)
+  plt.store(q_out.at[t, heads, rotary], turned, mask=mask)
 
 
 def _write_row(down, scale, cache, where, turn, eps: float):
   (t, b, row), C, W = where, scale.shape[0], cache.shape[2]
-  c, r = jnp.arange(pl.next_power_of_2(C)), jnp.arange(pl.next_power_of_2(W - C))
+  (latents, inside_C), (rotary, inside_R) = span(t * 0, C), span(t * 0 + C, W - C)
   start = down.shape[2] - W
-  latent = _sum(down, t, start + c, c < C, cache.dtype)
-  scales = plt.load(scale.at[pl.ds(t * 0, len(c))], mask=c < C, other=0).astype(jnp.float32)
+  latent = _sum(down, t, start + jnp.arange(len(inside_C)), inside_C, cache.dtype)
+  scales = plt.load(scale.at[latents], mask=inside_C, other=0).astype(jnp.float32)
   normed = latent * lax.rsqrt((latent * latent).sum() / C + eps) * scales
-  turned = turn(down, start + C, r, r < W - C, cache.dtype)
+  turned = turn(down, start + C, jnp.arange(len(inside_R)), inside_R, cache.dtype)
   there = row < cache.shape[1]
-  plt.store(cache.at[b, row, pl.ds(t * 0, len(c))], normed.astype(cache.dtype), mask=there & (c < C))
-  plt.store(cache.at[b, row, pl.ds(C + t * 0, len(r))], turned, mask=there & (r < W - C))
+  plt.store(cache.at[b, row, latents], normed.astype(cache.dtype), mask=there & inside_C)
+  plt.store(cache.at[b, row, rotary], turned, mask=there & inside_R)
 
 
 def _turned(parts, start, r, mask, dtype, *, t, cos, sin):

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe.config import ModelConfig
-from moe.ops.triton_call import call
+from moe.ops.triton_call import call, span
 
 WARPS = 4
 
@@ -29,23 +29,21 @@ def choose(logits_PTE, bias_E, mask_T, config: ModelConfig, multiplicative: bool
 
 def _kernel(logits, bias, mask, expert, weight, config: ModelConfig, multiplicative: bool, shared: bool):
   t, (parts, _, G, size), E = pl.program_id(0), logits.shape, config.num_experts
-  # Powers of two, as tensors in Triton are; a slice known to reach past the end is refused, so its start is hidden.
-  span = lambda length: pl.ds(t * 0, pl.next_power_of_2(length))
-  part, group, column = (jnp.arange(span(length).size) for length in (parts, G, size))
-  inside = (group < G)[:, None] & (column < size)
-  of_parts = logits.at[span(parts), t, span(G), span(size)]
-  logit = plt.load(of_parts, mask=(part < parts)[:, None, None] & inside[None], other=0).sum(0)
+  (all_P, inside_P), (all_G, inside_G), (columns, inside_C) = (span(t * 0, length) for length in (parts, G, size))
+  group, column, inside = jnp.arange(len(inside_G)), jnp.arange(len(inside_C)), inside_G[:, None] & inside_C
+  logit = plt.load(logits.at[all_P, t, all_G, columns], mask=inside_P[:, None, None] & inside[None], other=0).sum(0)
   score = _scores(logit, inside, config)
-  offset = plt.load(bias.at[span(G), span(size)], mask=inside, other=0)
+  offset = plt.load(bias.at[all_G, columns], mask=inside, other=0)
   biased = jnp.where(inside, score * offset if multiplicative else score + offset, -jnp.inf)
   number = jnp.where(inside, group[:, None] * size + column, -1)
   if G > 1:
     first = _lowest(biased == biased.max(1, keepdims=True), number, E, axis=1)
     second = jnp.where(number == first[:, None], -jnp.inf, biased).max(1)
-    opened = _best(biased.max(1) + second, group, group < G, config.top_groups, G)[1]
+    opened = _best(biased.max(1) + second, group, inside_G, config.top_groups, G)[1]
     biased = jnp.where(opened[:, None], biased, -jnp.inf)  # not 0, see `moe.model.router.select`
   found, _ = _best(biased, number, inside, config.top_k, E)
-  slot = jnp.arange(span(config.top_k + shared).size)
+  slots, wanted = span(t * 0, config.top_k + shared)
+  slot = jnp.arange(len(wanted))
   experts, weights = jnp.full(slot.shape, E, jnp.int32), jnp.zeros(slot.shape)
   for k, index in enumerate(found):
     experts = jnp.where(slot == k, index, experts)
@@ -56,8 +54,8 @@ def _kernel(logits, bias, mask, expert, weight, config: ModelConfig, multiplicat
   if shared:
     weights = jnp.where(slot == config.top_k, 1, weights)
   experts = jnp.where(mask[t] != 0, experts, E + shared)
-  plt.store(expert.at[t, span(config.top_k + shared)], experts, mask=slot < config.top_k + shared)
-  plt.store(weight.at[t, span(config.top_k + shared)], weights, mask=slot < config.top_k + shared)
+  plt.store(expert.at[t, slots], experts, mask=wanted)
+  plt.store(weight.at[t, slots], weights, mask=wanted)
 
 
 def _scores(logit, inside, config):

@@ -8,6 +8,16 @@ from jax.experimental.pallas import triton as plt
 from moe.ops.varying import vary, varying_axes
 
 
+def span(start: jax.Array, size: int, least: int = 1):
+  """(slice of `size` from `start`, widened to a power of two; bool [its length], True for the first `size`).
+
+  Tensors in Triton are powers of two wide; tensor cores take no less than 16 (`least`). `start` must not be a constant,
+  so add 0 times a program's number to one: Pallas refuses a slice that it knows to reach past the end, masked or not.
+  """
+  wide = max(least, pl.next_power_of_2(size))
+  return pl.ds(start, wide), jnp.arange(wide) < size
+
+
 def call(
   kernel, grid, operands, specs, outs, warps: int, stages: int, interpret: bool = False, aliases=()
 ) -> list[jax.Array]:

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from gpus import lower_for_gpu
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -194,9 +195,8 @@ def test_ragged_lowers_for_gpus(axes, module_of):
   forward = program('ragged', mesh, MODEL, module_of, 'ragged_dot')
   x, expert, weight, keep, matrices, _ = arguments
   exchanges = lambda lowered: lowered.as_text().count('@ragged_all_to_all')
-  lower = lambda function, *args: jax.jit(function).trace(*args).lower(lowering_platforms=('cuda',))
-  assert exchanges(lower(forward, x, weight, tuple(matrices), expert, keep)) == 2
-  assert exchanges(lower(with_gradients(forward), *arguments)) == 4
+  assert exchanges(lower_for_gpu(jax.jit(forward), x, weight, tuple(matrices), expert, keep, shape=axes)) == 2
+  assert exchanges(lower_for_gpu(jax.jit(with_gradients(forward)), *arguments, shape=axes)) == 4
 
 
 def test_auto_backend():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from gpus import lower_for_gpu
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_dispatch import LOADS, E, K, T, emulated_ragged_all_to_all
@@ -110,7 +111,7 @@ def test_each_way_to_the_experts_is_in_bytes_and_each_way_home_is_not(name, kind
   make = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
   mapped = with_gradients(program(name, abstract_mesh((1, 1, 4, 1)), True))
   arguments = make(T_, D), make(T_, K, dtype=jnp.float32), make(T_, K, dtype=jnp.int32), make(T_, K, dtype=bool)
-  text = jax.jit(mapped).trace(*arguments, make(T_, D)).lower(lowering_platforms=('cuda',)).as_text()
+  text = lower_for_gpu(jax.jit(mapped), *arguments, make(T_, D), shape=(1, 1, 4, 1)).as_text()
   sent = [
     re.search(r'tensor<\d+x(\d+)x(\w+)>', line.rsplit(' : ', 1)[1])
     for line in text.splitlines()

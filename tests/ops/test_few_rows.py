@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import lower_for_gpu
 from jax.sharding import PartitionSpec as P
 from test_lowering import operations
 
@@ -251,7 +252,7 @@ def test_on_cuda_the_kernel_reads_the_weights_as_they_are(kind, rows):
   shard = jax.shard_map(
     shard, mesh=mesh, in_specs=(P('data'), over, P()), out_specs=(P('data', 'tensor'),) * 2, check_vma=True
   )
-  module = jax.jit(shard).trace(x, w, sizes).lower(lowering_platforms=('cuda',)).compiler_ir()
+  module = lower_for_gpu(jax.jit(shard), x, w, sizes, shape=(1, 2, 1, 2)).compiler_ir()
   kernels, takers = 0, set()
   for op in operations(module):
     target = str(op.attributes['call_target_name']) if op.name == 'stablehlo.custom_call' else op.name

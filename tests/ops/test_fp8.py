@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from gpus import lower_for_gpu
 
 from moe.ops import fp8, quantize_gpu
 
@@ -170,7 +171,7 @@ def test_kernels_when_lowered_for_cuda(sizes, fp8_products, quantisations):
   M, D, F, E = sizes
   make = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
   operands = make(M, D), make(E, D, F), make(E, dtype=jnp.int32), make(M, F)
-  text = jax.jit(gradients('mosaic_gpu')).trace(*operands).lower(lowering_platforms=('cuda',)).as_text()
+  text = lower_for_gpu(jax.jit(gradients('mosaic_gpu')), *operands).as_text()
   kernels = [line for line in text.splitlines() if 'custom_call @mosaic_gpu' in line]
   types = [line.rsplit(' : ', 1)[1] for line in kernels]
   assert sorted(types_of.count('f8E4M3FN') for types_of in types) == [0] * (3 - fp8_products) + [2] * fp8_products

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import lower_for_gpu
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
+from moe.mesh import abstract_mesh
 from moe.ops import attention
 from moe.ops.attention import attend, blocked, triton
 
@@ -120,21 +122,21 @@ def test_memory_grows_with_positions_not_with_their_square(S):
 
 
 @pytest.mark.parametrize('case', ['mla', 'one_part'])
-def test_kernels_are_lowered_for_cuda_inside_shard_map(case, mesh_of):
+def test_kernels_are_lowered_for_cuda_inside_shard_map(case):
   """Three Triton kernels for bfloat16, no S x S product, and a shared key's gradient is summed over tensor."""
   B, S, H, widths, shared, U = CASES[case]
   H *= 2
   make = lambda heads, width: jax.ShapeDtypeStruct((B, S, heads, width), jnp.bfloat16)
   queries = tuple(make(H, width) for width in widths)
   keys = (*(make(H, width) for width in widths[:-1]), make(1 if shared else H, widths[-1]))
-  heads = P(None, None, 'tensor')
+  heads, shape = P(None, None, 'tensor'), (1, 1, 1, 2)
   key_specs = (*(heads for _ in widths[:-1]), P() if shared else heads)
   specs = (tuple(heads for _ in widths), key_specs, heads)
   mapped = jax.shard_map(
-    with_gradients, mesh=mesh_of(tensor=2), in_specs=(*specs, P(), heads), out_specs=(heads, *specs)
+    with_gradients, mesh=abstract_mesh(shape), in_specs=(*specs, P(), heads), out_specs=(heads, *specs)
   )
   arguments = (queries, keys, make(H, U), jax.ShapeDtypeStruct((B, S), jnp.int32), make(H, U))
-  text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+  text = lower_for_gpu(jax.jit(mapped), *arguments, shape=shape).as_text()
   assert text.count('xla.gpu.triton') == 3
   assert f'{S}x{S}' not in text
   assert text.count('stablehlo.all_reduce') == (1 if shared else 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import lower_for_gpu
 
 from moe.ops import latent_attention
 
@@ -93,4 +94,4 @@ def test_lowers_for_gpus_in_bfloat16_only(case, few, monkeypatch):
   for dtype, kernels in ((jnp.bfloat16, 2 if few else 1), (jnp.float32, 0)):
     operands = q_BSHW.astype(dtype), cache_BTW.astype(dtype), position_BS, w_value_CHU.astype(dtype)
     run = jax.jit(functools.partial(latent_attention.attend, scale=SCALE))
-    assert run.trace(*operands).lower(lowering_platforms=('cuda',)).as_text().count('xla.gpu.triton') == kernels
+    assert lower_for_gpu(run, *operands).as_text().count('xla.gpu.triton') == kernels

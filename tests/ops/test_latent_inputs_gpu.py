@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import lower_for_gpu
 
 from moe.ops import latent_inputs_gpu
 from moe.ops.latent_inputs_gpu import Inputs
@@ -70,6 +71,6 @@ def test_the_kernel_interpreted(case, dtype):
 @pytest.mark.parametrize('case', CASES)
 def test_is_one_kernel_on_gpus_that_writes_in_place(case):
   run = jax.jit(functools.partial(latent_inputs_gpu.absorb, eps=EPS))
-  text = run.trace(inputs(case, jnp.bfloat16)).lower(lowering_platforms=('cuda',)).as_text()
+  text = lower_for_gpu(run, inputs(case, jnp.bfloat16)).as_text()
   assert text.count('xla.gpu.triton') == 1
   assert 'output_operand_alias' in text

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import lower_for_gpu
 from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
 
@@ -117,7 +118,7 @@ def shapes(rows, D, F, experts, dtype=jnp.bfloat16):
 @pytest.mark.parametrize('sizes', [(32768, 7168, 4096, 16), (4096, 512, 256, 256), (1000, 264, 136, 5)])
 def test_three_kernels_are_lowered_for_cuda(sizes):
   """One per product, whatever the number of experts, and no dense product beside them."""
-  text = jax.jit(gradients).trace(*shapes(*sizes)).lower(lowering_platforms=('cuda',)).as_text()
+  text = lower_for_gpu(jax.jit(gradients), *shapes(*sizes)).as_text()
   assert text.count('custom_call @mosaic_gpu') == 3
   assert 'dot_general' not in text
   assert 'ragged_dot' not in text

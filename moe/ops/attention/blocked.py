@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK = 512  # queries
 
@@ -28,7 +29,8 @@ def backward(queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_
   """
   del end_BS
   dtype, heads = v_BSHU.dtype, v_BSHU.shape[2]
-  add = lambda total, seen, part: total.at[:, seen].add(part)
+  # Where all keys are seen, `.at[:, seen].add` has an empty array of indices: one in a shard_map kills jax 0.11.
+  add = lambda total, seen, part: lax.dynamic_update_slice_in_dim(total, total[:, seen] + part, 0, axis=1)
   product = lambda equation, *operands: jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
   dv = jnp.zeros_like(v_BSHU, jnp.float32)
   dkeys = [jnp.zeros_like(query, jnp.float32) for query in queries]
