@@ -115,7 +115,7 @@ class TrainConfig:
   log_every: int = 1  # steps per row of metrics.jsonl
   load_every: int = 0  # steps per row of load_history.jsonl; 0: log_every, or more where that makes over 2,000 rows
   eval_every: int = 250  # steps between evaluations; 0: only at the end
-  eval_sequences: int = 0  # validation sequences of a periodic evaluation; 0: all (the last evaluation always is)
+  eval_sequences: int = 0  # validation sequences, spread over the text, of a periodic evaluation; 0: all, as at the end
   init_from: str = ''  # run directory whose weights and router bias start this run (moments and step do not)
   profile_steps: str = ''  # 'first:last' writes a trace of these steps to WORKDIR/profile
   sample_prompt: str = 'def '  # prompt of the generated sample in the report

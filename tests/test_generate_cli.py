@@ -155,7 +155,7 @@ def test_evaluation(run, folder, corpus, script, capsys):
   for name in ('val_loss', 'val_bits_per_byte', 'val_tokens', 'val_mtp_loss', 'max_vio_global'):
     assert of_run[name] == pytest.approx(logged[name], rel=1e-5)
   assert of_folder['val_tokens'] < of_run['val_tokens']  # on a validation split of its own
-  assert rounded['val_tokens'] == 4 * 32
+  assert 4 * 30 < rounded['val_tokens'] <= 4 * 32  # a document's start is no target
   assert abs(rounded['val_loss'] - of_run['val_loss']) < 0.3
 
 

@@ -105,6 +105,14 @@ def finished(corpus, tmp_path_factory):
 def test_a_run_leaves_everything_behind(finished):
   assert [row['step'] for row in rows(finished)] == list(range(1, 13))
   assert [row['step'] for row in rows(finished, 'evals')] == [4, 8, 12]
+  *way, end = rows(finished, 'evals')
+  assert [row['set'] for row in way] == ['sample', 'sample']
+  assert {row['val_tokens'] for row in [*way, end['sample']]} == {end['sample']['val_tokens']}
+  assert end['set'] == 'full'
+  data = json.loads((finished / 'data.json').read_text())
+  assert (end['val_tokens'], end['val_bytes']) == (data['val_tokens'], data['val_bytes'])
+  assert end['sample']['val_bytes'] == end['sample']['val_tokens'] < end['val_bytes'], 'a token of this run is a byte'
+  assert abs(end['sample']['val_bits_per_byte'] - end['val_bits_per_byte']) < 0.05
   assert all(0 < load_LE.sum() <= 16 * 32 * 2 for load_LE in loads(finished))
   assert max(load_LE.sum() for load_LE in loads(finished)) == 16 * 32 * 2
   assert all(
@@ -113,6 +121,8 @@ def test_a_run_leaves_everything_behind(finished):
   summary = json.loads((finished / 'summary.json').read_text())
   for key in ('val_bits_per_byte', 'trigram_bits_per_byte', 'gzip_bits_per_byte', 'max_vio_global'):
     assert np.isfinite(summary[key])
+  assert summary['val_bits_per_byte'] == end['val_bits_per_byte']
+  assert 'evaluated_on' not in summary
   assert summary['finished']
   info = json.loads((finished / 'config.json').read_text())
   assert info['config']['model']['d_model'] == 32
@@ -383,6 +393,28 @@ def test_other_text_under_the_same_path_is_refused(finished, corpus, tmp_path):
   (copy / 'config.json').write_text(json.dumps(info))
   with pytest.raises(UserError, match='began with other text'):
     loop.train(config(text), str(copy))
+
+
+def test_text_that_moved_and_holds_the_run_is_the_same(finished, corpus, tmp_path, capsys):
+  """The workdir lies within the text, which is elsewhere than when the run began."""
+  text = tmp_path / 'text'
+  shutil.copytree(corpus, text)
+  shutil.copytree(finished, text / 'run')
+  assert loop.train(config(text), str(text / 'run'))['finished']
+  said = capsys.readouterr().err
+  assert f'the text was {corpus} before; it has moved, and is the same' in said
+  assert json.loads((text / 'run' / 'data.json').read_text())['corpus'] == str(text)
+  assert rows(text / 'run', 'evals') == rows(finished, 'evals')
+
+
+def test_a_refused_run_is_left_as_it_was(finished, corpus, tmp_path):
+  copy, settings = tmp_path / 'copy', config(corpus)
+  shutil.copytree(finished, copy)
+  (copy / 'data.json').write_text('{}')
+  before = {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()}
+  with pytest.raises(UserError, match=r'data\.json is damaged: digest is None'):
+    loop.train(settings, str(copy))
+  assert {path: path.read_bytes() for path in copy.rglob('*') if path.is_file()} == before
 
 
 def largest_file(folder):

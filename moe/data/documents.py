@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 1 << 34  # of one file; a corpus is held in memory
 # a third, repetitive records to a thirtieth, and what shrinks to less is made to fill the memory.
 MAX_EXPANSION, MIN_EXPANDED_BYTES = 100, 1 << 26
 CHUNK_BYTES = 1 << 20  # decompressed at once
-PARQUET_ROWS = 64  # decoded at once: each may be as long as all the file
+PARQUET_ROWS = 16  # decoded at once: each may be as long as all the file
 
 
 class Document(NamedTuple):
@@ -128,8 +128,7 @@ def _parquet(path: Path, name: str, text_key: str) -> Iterator[Document | None]:
     if text_key not in columns:
       raise UserError(f'{str(path)!r} has no column data.text_key = {text_key!r}; its columns are {columns[:9]}')
     _check_expanded(path, file_bytes, max(metadata.num_rows, _uncompressed(metadata, text_key)))
-    # As dictionaries: a text that many rows share takes memory once.
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=[text_key]) as file:
+    with pyarrow.parquet.ParquetFile(path) as file:
       rows = (row for batch in file.iter_batches(PARQUET_ROWS, columns=[text_key]) for row in batch.column(0))
       for index, row in enumerate(rows):
         for document in _record(row.as_py(), f'{path}#{index}', text_key, f'{name}#{index}'):

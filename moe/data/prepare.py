@@ -153,8 +153,8 @@ def _check_same(path: Path, old: dict, corpus: Corpus, tokenizer: Tokenizer):
   if old and old['digest'] != corpus.digest:
     size = f', {old["train_bytes"] + old["val_bytes"]:,} bytes' if {'train_bytes', 'val_bytes'} <= old.keys() else ''
     raise UserError(
-      f'the run in {path} began with other text ({old.get("corpus", "unnamed")}{size}); restore it or choose another '
-      'workdir'
+      f'the run in {path} began with other text ({old.get("corpus", "unnamed")[:100]}{size}); restore it or choose '
+      'another workdir'
     )
   kept, own, file = old.get('tokenizer_digest'), _own_digest(path), path / 'tokenizer.json'
   if tokenizer.digest == kept or (kept is None and own is None):

@@ -216,6 +216,55 @@ def test_interrupted_run(run_dir):
   assert re.findall('<h2>(.*)</h2>', page) == SECTIONS
 
 
+def sampled(run_dir, finished=True):
+  """The run with evaluations of a sample on the way, 0.5 nats above those of all of the text."""
+  *way, end = read_jsonl(run_dir / 'evals.jsonl')
+  sample = {'val_loss': end['val_loss'] + 0.5, 'val_bits_per_byte': end['val_bits_per_byte'] + 0.5 / math.log(2)}
+  way = [row | {'set': 'sample'} for row in way]
+  write_jsonl(run_dir / 'evals.jsonl', [*way, *([end | {'set': 'full', 'sample': sample}] if finished else [])])
+  return [row['val_bits_per_byte'] for row in way] + [sample['val_bits_per_byte']], end['val_bits_per_byte']
+
+
+def points(figure):
+  """{label: values} of the dots of the figure's first axes."""
+  return {
+    line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines if 'validation' in line.get_label()
+  }
+
+
+def test_the_sample_is_a_curve_and_the_whole_text_a_point_apart(run_dir):
+  before = points(figures.loss(load_run(run_dir)))
+  assert before.keys() == {'validation'}
+  assert len(before['validation']) == 3
+  sample, full = sampled(run_dir)
+  run = load_run(run_dir)
+  assert points(figures.loss(run)) == {'validation, a sample': sample, 'validation, all': [full]}
+  summary = write_report(run_dir)
+  assert summary['val_bits_per_byte'] == full
+  assert 'evaluated_on' not in summary
+  assert 'of the same rows of the validation text at every step' in (run_dir / 'report.html').read_text()
+
+
+def test_a_run_that_was_evaluated_on_a_sample_only_says_so(run_dir):
+  sample, _ = sampled(run_dir, finished=False)
+  summary = write_report(run_dir)
+  assert (summary['evaluated_on'], summary['val_bits_per_byte'], summary['finished']) == ('sample', sample[1], False)
+  assert points(figures.loss(load_run(run_dir))) == {'validation, a sample': sample[:2]}
+  page = (run_dir / 'report.html').read_text()
+  assert 'bits per byte on a sample of the validation text' in page
+  assert 'Validation sample, step 200' in page
+
+
+def test_a_tokenizer_that_loses_text_is_said_beside_the_figure(run_dir):
+  write_report(run_dir)
+  assert 'than gzip' in (run_dir / 'report.html').read_text()
+  write_json(run_dir / 'data.json', json.loads((run_dir / 'data.json').read_text()) | {'tokenizer_loses': 0.97})
+  assert write_report(run_dir)['tokenizer_loses'] == 0.97
+  page = (run_dir / 'report.html').read_text()
+  assert 'The tokenizer loses text (97% of a sample), so the figure compares with no other.' in page
+  assert 'than gzip' not in page
+
+
 def test_diverged_run_is_null_not_nan(run_dir):
   rows = read_jsonl(run_dir / 'metrics.jsonl')
   rows[-1]['loss'] = math.nan
