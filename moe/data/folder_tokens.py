@@ -44,10 +44,8 @@ class FolderTokens(NamedTuple):
     Raises:
       UserError: a file is no JSON object, or names no token where it should.
     """
-    of_tokenizer = {TOKENIZER: self.name(TOKENIZER, 'bos_token')}
-    named = dict(of_tokenizer) if self.fields(TOKENIZER).get('add_bos_token') else {}
-    named |= {'the template of tokenizer.json': next(iter(begin_ids), None)}
-    named |= of_tokenizer | {SPECIAL: self.name(SPECIAL, 'bos_token')}
+    named = {'the template of tokenizer.json': next(iter(begin_ids), None)}
+    named |= {name: self.name(name, 'bos_token') for name in (TOKENIZER, SPECIAL)}
     named |= {name: next(iter(self.ids(name, 'bos_token_id')), None) for name in (CONFIG, GENERATION)}
     found, remarks = {}, []
     for source, token in named.items():
@@ -64,11 +62,9 @@ class FolderTokens(NamedTuple):
     return bos_id, remarks
 
   def begin_ids(self, bos_id: int, begin_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens before a prompt: as add_bos_token says, else the tokenizer's template, else BOS."""
-    adds = self.fields(TOKENIZER).get('add_bos_token')
-    if adds is None:
-      return begin_ids or (bos_id,)
-    return (bos_id,) if adds else ()
+    """Tokens before a prompt: those of the tokenizer's template, else BOS, unless add_bos_token says otherwise."""
+    adds = self.fields(TOKENIZER).get('add_bos_token', True)
+    return begin_ids or ((bos_id,) if adds is not False else ())
 
   def eos_ids(self, token_id: TokenId) -> tuple[int, ...]:
     """Tokens that end a sequence; () if nothing names one. Raises UserError as `bos`."""

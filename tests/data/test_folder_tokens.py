@@ -44,6 +44,7 @@ NAMED = {'bos_token': '[BOS]'}
     ({'template': '$A </s>', 'tokenizer_config': NAMED}, BEGIN, (BEGIN,)),
     ({'tokenizer_config': NAMED | {'add_bos_token': True}, 'template': '$A </s>'}, BEGIN, (BEGIN,)),
     ({'tokenizer_config': NAMED | {'add_bos_token': False}}, BEGIN, ()),
+    ({'tokenizer_config': NAMED | {'add_bos_token': False}, 'template': '[BOS] $A'}, BEGIN, (BEGIN,)),
     ({'tokenizer_config': NAMED, 'config': MODEL | {'bos_token_id': None}}, BEGIN, (BEGIN,)),
   ],
 )
@@ -58,11 +59,11 @@ def test_remarks_on_bos(tmp_path):
   guessed = load_saved(write(tmp_path / 'none') / 'tokenizer.json')
   assert guessed.bos_id == GUESS
   assert guessed.remarks == ["nothing says which token starts a document; taken: '<s>', token 1"]
-  files = {'tokenizer_config': NAMED | {'add_bos_token': True}, 'template': '[gMASK] $A'}
+  files = {'tokenizer_config': NAMED, 'template': '[gMASK] $A'}
   two = load_saved(write(tmp_path / 'two', **files, config=MODEL | {'bos_token_id': 0}) / 'tokenizer.json')
-  assert two.begin_ids == (BEGIN,)
-  others = 'the template of tokenizer.json names 4, config.json names 0'
-  assert two.remarks[0].endswith(f'begin with token 3, as tokenizer_config.json says; {others}')
+  assert two.begin_ids == (OTHER,)
+  others = 'tokenizer_config.json names 3, config.json names 0'
+  assert two.remarks[0].endswith(f'begin with token 4, as the template of tokenizer.json says; {others}')
   files = {'tokenizer_config': {'bos_token': '<none>'}, 'config': MODEL | {'bos_token_id': 8}}
   lacking = load_saved(write(tmp_path / 'lacking', **files) / 'tokenizer.json')
   assert lacking.bos_id == GUESS

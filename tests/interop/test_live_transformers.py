@@ -90,7 +90,7 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}
 @pytest.mark.parametrize('adds_bos', [True, False, None])
 def test_prompts_and_conversations(adds_bos, tmp_path):
   """The same tokens, of a text and by a chat template, whatever the folder says of BOS."""
-  words = ['<s>', '</s>', '<|user|>', *'\u0120'.join('abcdelnu<|>\u010a/')]
+  words = ['<s>', '</s>', '<|user|>', *'\u0120abcdelnu<|>\u010a/']
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(dict.fromkeys(words))}, []))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
