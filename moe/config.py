@@ -175,7 +175,7 @@ class CheckpointConfig:
   """Checkpoints are written in the background; the newest is resumed from."""
 
   every_steps: int = 200  # steps between checkpoints; 0: only at the end and on SIGTERM
-  keep: int = 2  # newest checkpoints kept
+  keep: int = 2  # newest checkpoints kept, and one more until the next is begun; a damaged newest one is gone back from
 
 
 @dataclasses.dataclass(frozen=True)

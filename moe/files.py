@@ -38,6 +38,15 @@ def replacing(path: Path) -> Iterator[Path]:
     raise UserError(f'cannot write {str(path)!r}: {error.strerror}') from error
 
 
+def sync_folder(folder: Path) -> None:
+  """Waits until the names in `folder` are on the disk. Raises OSError."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
 def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
   """Contents of a regular file: pipes and devices, which may never end, are refused before they are opened.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe import load_history
 from moe.errors import UserError
-from moe.files import parse_json, step_of
+from moe.files import parse_json, step_of, sync_folder
 from moe.tensorboard import Board
 
 FILES = ('metrics', 'load_history', 'evals')
@@ -42,7 +42,7 @@ class Logbook:
         last = self.last_steps[name] = _cut_back(path, keep)
         self.holes += _hole(path, last, (logged or {}).get(name))
         self._files[name] = path.open('a', encoding='utf-8')
-      _sync_folder(run_dir)
+      sync_folder(run_dir)
       self._board = Board(run_dir / 'tensorboard', resume_step + 1)
     except OSError as error:
       raise UserError(f'cannot write to {run_dir}: {error.strerror}') from error
@@ -150,11 +150,3 @@ def _is_end(path, size) -> bool:
   with path.open('rb') as file:
     file.seek(size - 1)
     return file.read(1) == b'\n'
-
-
-def _sync_folder(path: pathlib.Path):
-  folder = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(folder)
-  finally:
-    os.close(folder)

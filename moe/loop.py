@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from moe import evaluate, feed, flops, mesh, processes, run_dir, state, step
 from moe.balance import metrics as balance_metrics
-from moe.checkpoint import Checkpoints, abstract_like
+from moe.checkpoint import Checkpoints, abstract_like, start_from
 from moe.config import Config
 from moe.data import prepare
 from moe.data.batches import Batches
@@ -99,20 +99,17 @@ class Run:
   def _start(self):
     """(state, steps done, tokens, bytes logged): from the newest checkpoint, another run's weights, or nothing."""
     like = abstract_like(state.abstract(self.config), state.shardings(self.config, self.mesh))
-    latest = self.checkpoints.latest()
-    if latest is not None:
-      restored, meta = self.checkpoints.restore(latest, like)
-      say(f'resuming {self.path} at step {latest}')
-      return restored, latest, meta['tokens'], meta.get('logged')
+    if found := self.checkpoints.restore_newest(like):
+      for remark in found.remarks:
+        say(remark)
+      say(f'resuming {self.path} at step {found.meta["step"]}')
+      return found.state, found.meta['step'], found.meta['tokens'], found.meta.get('logged')
     fresh = state.create(self.config, self.mesh)
     if source := self.config.train.init_from:
-      folder = local_path(source, 'config train.init_from')
-      if not (folder / 'checkpoints').is_dir():
-        raise UserError(f'config train.init_from = {source!r} is not a run directory with checkpoints')
-      other = Checkpoints(folder)
-      fresh = other.restore_weights(fresh)
-      say(f'starting from the weights of {source} at step {other.latest()}')
-      other.close()
+      found = start_from(local_path(source, 'config train.init_from'), self.config.balance, fresh)
+      fresh = found.state
+      for remark in [*found.remarks, f'starting from the weights of {source} at step {found.meta["step"]}']:
+        say(remark)
     return fresh, 0, 0, None
 
   def describe(self, command: str) -> None:

@@ -37,14 +37,13 @@ def bias_speed(config: BalanceConfig, steps: int):
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Global-norm clip, Adam, decoupled weight decay on matrices only, learning rate."""
   adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-  parts = [
+  return optax.chain(
+    # Keeps its place without clipping, so that the state's names, and with them checkpoints, do not depend on it.
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     _moments_as(jnp.dtype(config.moments), adam),
     optax.add_decayed_weights(config.weight_decay, mask=_matrices),
     optax.scale_by_learning_rate(learning_rate(config, steps)),
-  ]
-  if config.clip_norm:
-    parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-  return optax.chain(*parts)
+  )
 
 
 def _matrices(params):

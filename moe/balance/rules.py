@@ -1,8 +1,14 @@
 """Bias rules: the router bias of the next step from the loads of this one.
 
-`init` makes a rule's state, `update` advances it once per optimizer step. Loads are int32 counts summed over mesh and
-microbatches, the same everywhere, so the new bias is the same everywhere. c is an expert's load, mean(c) the mean
-over the layer's experts, u the speed gamma.
+`init` makes a rule's state, `start` makes it from a bias that stands already, `update` advances it once per optimizer
+step. Loads are int32 counts summed over mesh and microbatches, the same everywhere, so the new bias is the same
+everywhere. c is an expert's load, mean(c) the mean over the layer's experts, u the speed gamma.
+
+The contract of a state: a dict of arrays [L, E, ...], which checkpoints hold whole. 'bias_LE', float32, is what the
+router reads; all else is the rule's own. A run that starts from the weights of another (train.init_from) has the whole
+state if that run had the same rule; otherwise it has the bias alone, and `start` makes the rest fit it. Without load,
+or with gamma 0, `update` gives a state of `start` back as it is: a rule whose bias is a function of what it remembers
+must derive that from the bias there.
 """
 
 import jax
@@ -10,25 +16,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.config import BalanceConfig
+from moe.errors import UserError
 
 MARGIN_BINS = 2048  # of the quantile rule's histogram, over MARGIN_RANGE
 MARGIN_RANGE = (-1.0, 1.0)
 
 
 def init(balance: BalanceConfig, num_routers: int, num_experts: int) -> dict[str, jax.Array]:
-  """State of the configured rule: 'bias_LE', float32, and for SMEBU 'momentum_LE'."""
-  shape = (num_routers, num_experts)
-  state = {'bias_LE': jnp.full(shape, 1.0 if balance.bias_rule == 'multiplicative' else 0.0, jnp.float32)}
+  """State of the configured rule with a bias that changes no decision: 0, or 1 where it is a factor."""
+  neutral = 1.0 if balance.bias_rule == 'multiplicative' else 0.0
+  return start(balance, jnp.full((num_routers, num_experts), neutral, jnp.float32))
+
+
+def start(balance: BalanceConfig, bias_LE: jax.Array) -> dict[str, jax.Array]:
+  """State of the configured rule that goes on from `bias_LE`, float32, which may be another rule's."""
+  state = {'bias_LE': bias_LE}
   if balance.bias_rule == 'smebu':
-    state['momentum_LE'] = jnp.zeros(shape, jnp.float32)
+    state['momentum_LE'] = jnp.zeros_like(bias_LE)
   return state
+
+
+def check_start(rule: str, theirs: str) -> None:
+  """Raises UserError if `rule` cannot go on from a bias of the rule `theirs`, as one of the two is a factor."""
+  if rule != theirs and 'multiplicative' in (rule, theirs):
+    raise UserError(
+      f"config balance.bias_rule = {rule!r} cannot start from a run with {theirs!r}: the bias of 'multiplicative' is a "
+      'factor, that of other rules is added'
+    )
 
 
 def update(state: dict, load_LE: jax.Array, margins: jax.Array, gamma: jax.Array, balance: BalanceConfig) -> dict:
   """The state after one optimizer step.
 
   Args:
-    state: as made by `init`.
+    state: as made by `init` or `start`.
     load_LE: int32 assignments per router and expert over the whole batch.
     margins: int32 [L, E, MARGIN_BINS] histogram for the quantile rule (`margin_histogram`), else unused.
     gamma: float32 speed of this step; 0 leaves the bias as it is under every rule.

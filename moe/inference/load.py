@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe import sharding
-from moe.checkpoint import Checkpoints
+from moe.checkpoint import restore_weights
 from moe.config import Config, DataConfig, MeshConfig, PrecisionConfig
 from moe.data import folder_tokens
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
@@ -74,7 +74,8 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     params, bias_LE = from_folder.load(checkpoint, device_mesh, specs, config.precision.compute, quantized)
     step = 0
   else:
-    params, bias_LE, step = _restore(path, config, device_mesh)
+    params, bias_LE, step, more = _restore(path, config, device_mesh)
+    remarks = [*remarks, *more]
   remarks = [*remarks, *read_by.remarks]
   return Model(config, device_mesh, params, bias_LE, read_by, step, _eos_ids(path, read_by), remarks)
 
@@ -110,18 +111,14 @@ def _eos_ids(path, tokenizer):
 
 
 def _restore(path, config, mesh):
-  """Parameters and bias of a run's newest checkpoint, sharded as in training, and its step."""
+  """Parameters and bias of a run's newest checkpoint, sharded as in training, its step, and lines for the user."""
   abstract = transformer.abstract_params(config)
   like = lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, placed.stored))
   params = jax.tree.map(like, abstract, sharding.place_tree(abstract, mesh))
   bias_shape = config.model.num_routers, config.model.num_experts
   bias = jax.ShapeDtypeStruct(bias_shape, np.float32, sharding=NamedSharding(mesh, P()))
-  checkpoints = Checkpoints(path)
-  try:
-    state = checkpoints.restore_weights(TrainState((), params, {'bias_LE': bias}, ()))
-    return state.params, state.balance['bias_LE'], checkpoints.latest()
-  finally:
-    checkpoints.close()
+  state, meta, remarks = restore_weights(path, TrainState((), params, {'bias_LE': bias}, ()))
+  return state.params, state.balance['bias_LE'], meta['step'], remarks
 
 
 def for_inference(config: Config, mesh: MeshConfig, compute: str) -> Config:

@@ -5,15 +5,14 @@ OCDBT store, which tensorstore, Orbax's own reader, slices. It decodes whole chu
 """
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
 
-from moe.checkpoint import FORMAT, Checkpoints
 from moe.errors import UserError
 from moe.interop.names import View
+from moe.saved import Newest, check_files, read_meta
 
 
 class RunWeights:
@@ -22,16 +21,15 @@ class RunWeights:
   def __init__(self, run: Path, shapes: dict[str, tuple[int, ...]]):
     """Opens the newest checkpoint of `run`, which must hold float32 arrays of these shapes and 'bias_LE'.
 
+    The files of both are compared with their digests; `remarks` has lines for the user. A training that goes on does
+    not delete the checkpoint while this object lives.
+
     Raises:
       UserError: no checkpoint, damaged, or of another model.
     """
-    checkpoints = Checkpoints(run)
-    self.step = checkpoints.latest()
-    checkpoints.close()
-    if self.step is None:
-      raise UserError(f'{checkpoints.path} holds no checkpoint')
-    self.path = checkpoints.path / str(self.step)
-    _check_format(self.path)
+    self._held = Newest(run)
+    self.step, self.path = self._held.step, self._held.path
+    self.remarks = check_files(self.path, read_meta(self.path), ('params', 'balance'))
     self._arrays = {name: self._open(name) for name in shapes}
     for name, shape in shapes.items():
       found = self._arrays[name]
@@ -70,12 +68,3 @@ class RunWeights:
       return action()
     except ValueError as error:
       raise UserError(f'checkpoint {self.path} is damaged: {str(error).splitlines()[0][:300]}') from error
-
-
-def _check_format(path):
-  try:
-    found = json.loads((path / 'meta' / 'metadata').read_text('utf-8'))['format']
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'checkpoint {path} is damaged or foreign: {type(error).__name__} {error}') from error
-  if found != FORMAT:
-    raise UserError(f'checkpoint {path} is not of this program: format {found!r}, not {FORMAT!r}')

@@ -58,7 +58,7 @@ def export_run(
     (folder / 'config.json').write_text(json.dumps(hf, indent=2) + '\n', 'utf-8')
     kind = f'{dtype} and {quantize}' if quantize else dtype
     lines = [f'{target}: step {weights.step} of {run}, {total_bytes:,} bytes of {kind}, files: {len(files)}']
-    return [*lines, *_write_tokenizer(folder, run, tokenizer, said)]
+    return [*lines, *weights.remarks, *_write_tokenizer(folder, run, tokenizer, said)]
 
 
 class Entry(NamedTuple):

@@ -10,6 +10,7 @@ import pytest
 
 from moe.balance import rules
 from moe.config import BalanceConfig
+from moe.errors import UserError
 from moe.validation import BIAS_RULES
 
 T, E, K = 1024, 8, 2
@@ -35,6 +36,10 @@ histogram = jax.jit(lambda scores_TE, bias_E, mask_T: rules.margin_histogram(sco
 def margins_of(scores_TE, bias_E, mask_T=None):
   mask_T = np.ones(len(scores_TE), bool) if mask_T is None else mask_T
   return histogram(scores_TE, bias_E, mask_T)
+
+
+def margins_for(rule, num_routers):
+  return np.zeros((num_routers, 4, rules.MARGIN_BINS if rule == 'quantile' else 0), np.int32)
 
 
 def choose(biased_TE):
@@ -108,7 +113,8 @@ def test_initial_state():
     state = rules.init(BalanceConfig(bias_rule=rule), 3, 4)
     np.testing.assert_array_equal(state['bias_LE'], np.full((3, 4), 1.0 if rule == 'multiplicative' else 0.0))
     assert state['bias_LE'].dtype == jnp.float32
-    assert state.keys() == ({'bias_LE', 'momentum_LE'} if rule == 'smebu' else {'bias_LE'})
+    after = step(rule, np.ones((3, 4), np.int32), state, 0.1, margins_for(rule, 3))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
 @pytest.mark.parametrize('rule', BIAS_RULES)
@@ -126,10 +132,30 @@ def test_gamma_zero_leaves_the_state_untouched(rule):
 
 @pytest.mark.parametrize('rule', BIAS_RULES)
 def test_no_load_moves_nothing(rule):
-  margins = np.zeros((1, 4, rules.MARGIN_BINS if rule == 'quantile' else 0), np.int32)
-  bias = jnp.asarray([[0.5, -0.25, 0.0, -0.25]])
-  state = {'bias_LE': bias} | ({'momentum_LE': jnp.zeros((1, 4))} if rule == 'smebu' else {})
-  np.testing.assert_array_equal(step(rule, np.zeros((1, 4), np.int32), state, 0.1, margins)['bias_LE'], bias)
+  """From any bias that a run may start with, whatever else the rule remembers."""
+  bias_LE = jnp.asarray([[0.5, -0.25, 0.0, -0.25]])
+  state = rules.start(BalanceConfig(bias_rule=rule), bias_LE)
+  np.testing.assert_array_equal(state['bias_LE'], bias_LE)
+  assert state.keys() == rules.init(BalanceConfig(bias_rule=rule), 1, 4).keys()
+  for load_LE, gamma in ((np.zeros((1, 4), np.int32), 0.1), (LOAD_LE, 0.0)):
+    after = step(rule, load_LE, state, gamma, margins_for(rule, 1))
+    assert after.keys() == state.keys()
+    for key in state:
+      np.testing.assert_array_equal(after[key], state[key])
+
+
+@pytest.mark.parametrize('rule', BIAS_RULES)
+def test_a_factor_is_not_a_summand(rule):
+  """A bias around 0 of any other rule would multiply all scores away."""
+  assert rules.check_start(rule, rule) is None
+  if rule == 'multiplicative':
+    for theirs in set(BIAS_RULES) - {rule}:
+      with pytest.raises(UserError, match=f"'multiplicative' cannot start from a run with '{theirs}'"):
+        rules.check_start(rule, theirs)
+  else:
+    assert rules.check_start(rule, 'sign') is None
+    with pytest.raises(UserError, match=f"'{rule}' cannot start from a run with 'multiplicative'"):
+      rules.check_start(rule, 'multiplicative')
 
 
 @pytest.mark.parametrize('num_experts', [3, 4])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.checkpoint import Checkpoints, flatten
+from moe.checkpoint import Checkpoints, flatten, restore_weights
 from moe.interop import load
 from moe.model import transformer
 from moe.state import TrainState
@@ -37,11 +37,9 @@ def read_run(path, config):
   abstract = transformer.abstract_params(config)
   bias = jax.ShapeDtypeStruct((config.model.num_routers, config.model.num_experts), np.float32)
   like = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (abstract, {'bias_LE': bias}))
-  checkpoints = Checkpoints(path)
-  restored, step = checkpoints.restore_weights(TrainState((), *like, ())), checkpoints.latest()
-  checkpoints.close()
+  restored, meta, _ = restore_weights(path, TrainState((), *like, ()))
   arrays = flatten(restored.params) | {'bias_LE': restored.balance['bias_LE']}
-  return {name: np.asarray(array) for name, array in arrays.items()}, step
+  return {name: np.asarray(array) for name, array in arrays.items()}, meta['step']
 
 
 def read_hf(folder, mesh, dtype='float32', quantized=False):
