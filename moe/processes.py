@@ -57,8 +57,8 @@ class Peers:
     else:
       theirs = {peer.id: peer.inbox.get()['facts'] for peer in self._connections.values()}
       answer = {'error': _difference(facts, theirs)}
+      self._ended = bool(answer['error'])  # first: the others end as soon as they hear of it
       self._tell(answer)
-      self._ended = bool(answer['error'])
     if answer['error']:
       raise UserError(answer['error'])
 

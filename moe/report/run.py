@@ -111,9 +111,9 @@ def load_run(path: str | os.PathLike) -> Run:
   if not isinstance(info.get('config'), dict):
     raise UserError(f"{path / 'config.json'} has no section 'config'; {CONTENTS}")
   try:
-    json.dumps(info, indent=2)  # as the report shows it
-  except RecursionError as error:
-    raise UserError(f'{path / "config.json"} is no valid JSON of a run: it is nested too deeply') from error
+    json.dumps(info, indent=2, allow_nan=False)  # as summary and report will
+  except (RecursionError, ValueError) as error:
+    raise UserError(f'{path / "config.json"} is nested too deeply, or has numbers that are not finite') from error
   rows = read_rows(path / 'metrics.jsonl')
   if not rows:
     raise UserError(f'{path / "metrics.jsonl"} has no rows: the run logged nothing yet; {CONTENTS}')
