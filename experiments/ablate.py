@@ -34,6 +34,7 @@ GPUS = flags.DEFINE_integer('gpus_per_run', 0, 'GPUs that each run has to itself
 CPUS = flags.DEFINE_integer('cpus_per_run', 1, 'CPUs that Ray keeps for each run.')
 BACKEND = flags.DEFINE_enum('backend', 'local', ['local', 'ray'], 'Processes of this machine, or a Ray cluster.')
 RAY_ADDRESS = flags.DEFINE_string('ray_address', '', 'host:port of a Ray cluster; default: a running or new one.')
+MOST_AT_A_TIME = 10_000  # runs, GPUs or CPUs
 REPORT_ONLY = flags.DEFINE_bool('report_only', False, 'Report the runs in --workdir, run nothing.')
 
 
@@ -52,8 +53,8 @@ def run_sweep(workdir: pathlib.Path) -> list[jobs.Result]:
   """Declares, checks and runs the sweep that the flags name. Raises UserError before anything is run."""
   sweep = declared.load(DEFINITIONS.value, SWEEP.value, SCALE.value, SET.value, SEEDS.value)
   wanted = declared.select(sweep, ONLY.value)
-  if min(JOBS.value, GPUS.value, CPUS.value) < 0:
-    raise UserError('--jobs, --gpus_per_run and --cpus_per_run must be 0 or above')
+  if not all(0 <= flag.value <= MOST_AT_A_TIME for flag in (JOBS, GPUS, CPUS)):
+    raise UserError(f'--jobs, --gpus_per_run and --cpus_per_run must be 0 to {MOST_AT_A_TIME}')
   limit = JOBS.value or (len(wanted) * len(sweep.seeds) if BACKEND.value == 'ray' else 1)
   if BACKEND.value == 'ray':
     backend = backends.Ray(RAY_ADDRESS.value, CPUS.value, GPUS.value)

@@ -47,6 +47,7 @@ from moe.config import Config, MeshConfig, from_config_dict
 from moe.errors import UserError
 from moe.inference.load import load
 from moe.mesh import make_mesh, platform_of, setup_devices
+from moe.paths import local_path
 
 SUITES = ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate', 'speculate')
 SUITE = flags.DEFINE_enum('suite', 'gemm', SUITES, 'What to measure.')
@@ -54,10 +55,12 @@ REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median coun
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
 CPU_DEVICES = flags.DEFINE_integer(
-  'cpu_devices', 0, 'generate: split the CPU into so many virtual devices, which share a batch.', lower_bound=0
+  'cpu_devices', 0, 'generate: split the CPU into so many virtual devices, which share a batch.', 0, 4096
 )
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'speculate: run directory or Hugging Face folder of the model.')
-CONTENDER = flags.DEFINE_string('contender', '', 'step: measure this one here, and print its row as JSON.')
+CONTENDER = flags.DEFINE_enum(
+  'contender', '', ('', *step_suite.CONTENDERS), 'step: measure this one here, and print its row as JSON.'
+)
 
 
 def gemm(hopper: bool) -> list[dict]:
@@ -108,7 +111,7 @@ def speculate(hopper: bool) -> list[dict]:
   del hopper
   if not CHECKPOINT.value:
     raise UserError('suite speculate needs a model: --checkpoint=RUN, trained with --config.model.mtp_depth=1')
-  return speculate_suite.measure(load(CHECKPOINT.value, MeshConfig()), REPEATS.value)
+  return speculate_suite.measure(load(local_path(CHECKPOINT.value, '--checkpoint'), MeshConfig()), REPEATS.value)
 
 
 def _compute_dense_repeats_inner(hopper):
@@ -117,7 +120,10 @@ def _compute_dense_repeats_inner(hopper):
 
 
 def main(argv):
-  del argv
+  if argv[1:]:
+    raise UserError(f'unexpected argument {argv[1]!r}; see --help')
+  if JSON.value:
+    local_path(JSON.value, '--json')  # before minutes of measuring
   suites = dict(zip(SUITES, (gemm, fp8, layer, scaling, step, generate, speculate), strict=True))
   setup_devices(MeshConfig(cpu_devices=CPU_DEVICES.value))
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')

@@ -32,7 +32,7 @@ PATHS = flags.DEFINE_string(
   'paths', None, 'Text, as config data.paths: its validation split; that of the run if not given.'
 )
 SEQUENCES = flags.DEFINE_integer('sequences', 0, 'So many, spread over the text; 0: all.', lower_bound=0)
-BATCH = flags.DEFINE_integer('batch', 16, 'Sequences at a time.', lower_bound=1)
+BATCH = flags.DEFINE_integer('batch', 16, 'Sequences at a time.', 1, 2**20)
 QUANTIZE = flags.DEFINE_enum('quantize', 'none', quantize.SCHEMES, 'Round weights to FP8, or experts to MXFP4.')
 
 

@@ -6,7 +6,8 @@ python experiments/generate.py --checkpoint=folder --prompt="What is a monad?" -
 
 Text streams to stdout as it comes, or, with several prompts, when all of them have ended; figures go to stderr.
 --chat asks, by the chat template of the folder that the model is from, and prints the answer only.
---drafts speculates: the model's MTP module proposes so many tokens, and the model checks them in one pass.
+--drafts speculates: the model's MTP module proposes so many tokens, and the model checks them in one pass. That
+pays where reading weights takes most of a step, as on GPUs with few sequences; on a CPU it mostly takes longer.
 """
 
 import os
@@ -26,12 +27,16 @@ from moe.inference import flags as model_flags
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.text import TextStream
+from moe.mesh import platform_of
 
 flags.adopt_module_key_flags(model_flags)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')
-MAX_TOKENS = flags.DEFINE_integer('max_tokens', 200, 'New tokens per prompt at most.', lower_bound=1)
+MOST_TOKENS = 10**7  # no cache holds more
+MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', 200, 'New tokens per prompt at most.', lower_bound=1, upper_bound=MOST_TOKENS
+)
 CACHE_TOKENS = flags.DEFINE_integer(
-  'cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.', lower_bound=0
+  'cache_tokens', 0, 'Length of the cache; 0: what the longest prompt needs.', lower_bound=0, upper_bound=MOST_TOKENS
 )
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Of the softmax; 0 is greedy.')
 CHAT = flags.DEFINE_bool('chat', False, "Ask, by the chat template of the model's folder; only the answer is printed.")
@@ -39,7 +44,7 @@ TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the likeliest tokens only; 0
 TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the fewest tokens that hold this probability; 1: from all.')
 SEED = flags.DEFINE_integer('seed', 0, 'Of the first prompt; the next one has the next.')
 STOP = flags.DEFINE_multi_string('stop', [], 'Text that ends a continuation; give it again for more.')
-DRAFTS = flags.DEFINE_integer('drafts', 0, 'Tokens the MTP module drafts per step; 0: none.', lower_bound=0)
+DRAFTS = flags.DEFINE_integer('drafts', 0, 'Tokens the MTP module drafts per step; 0: none.', 0, 64)
 QUANTIZE = flags.DEFINE_enum(
   'quantize',
   'none',
@@ -61,6 +66,8 @@ def main(argv):
   capacity = CACHE_TOKENS.value or max(map(len, prompts)) + MAX_TOKENS.value
   settings = Settings(model.config, how, model.eos_ids, capacity, DRAFTS.value)
   generate.check_request(prompts, MAX_TOKENS.value, seeds, len(prompts), settings)
+  if DRAFTS.value and platform_of(model.mesh) == 'cpu':
+    print('drafts seldom pay on a CPU: checking one more token takes it nearly as long as making it', file=sys.stderr)
   ready = weights.prepare(model.params, model.bias_LE, model.config, model.mesh, QUANTIZE.value)
   model = model._replace(params={})  # so that the memory is there for the cache
   show(generate.Generator(ready, settings, model.mesh, len(prompts)), prompts, seeds, model.tokenizer)

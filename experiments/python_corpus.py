@@ -11,6 +11,7 @@ import hashlib
 import pathlib
 import sys
 import zipfile
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
@@ -70,7 +71,7 @@ def _chosen(wheel: pathlib.Path, seen: set[bytes]) -> list[tuple[bytes, str, byt
         if MIN_BYTES <= info.file_size <= MAX_KB.value * 1000:
           text = opened.read(info)
           found.setdefault(hashlib.sha256(text).digest(), (info.filename, text))
-  except (zipfile.BadZipFile, OSError) as error:
+  except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # the last: encrypted, unknown
     raise UserError(f'cannot read wheel {str(wheel)!r}: {error}') from error
   chosen, room = [], MAX_PACKAGE_MB.value * 10**6
   for digest, (name, text) in sorted(found.items()):

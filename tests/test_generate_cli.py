@@ -106,6 +106,8 @@ def test_text_of_a_run_and_of_its_folder(run, folder, text_of):
   speculative = text_of(folder, '--drafts=1')
   assert speculative.out == out
   assert 'drafts accepted, by position' in speculative.err
+  assert 'drafts seldom pay on a CPU' in speculative.err
+  assert 'drafts' not in figures
 
 
 def test_quantised_text(run, text_of, tmp_path):

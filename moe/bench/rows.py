@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 import traceback
 from collections.abc import Iterator
 
@@ -10,6 +9,8 @@ import numpy as np
 
 from moe.bench import profile
 from moe.bench.timing import say
+from moe.files import write_atomically
+from moe.paths import local_path
 
 PEERS = ('torch', 'Hugging Face')
 
@@ -57,7 +58,7 @@ def show(suite: str, machine: str, results: list[dict], notes: list[str], path: 
   if path:
     found = {'suite': suite, 'machine': machine, 'results': results}
     found |= {'geometric_mean_of_peer': means} if means else {}
-    pathlib.Path(path).write_text(json.dumps(found, indent=2) + '\n')
+    write_atomically(local_path(path, '--json'), json.dumps(found, indent=2) + '\n')
   print('\n'.join([machine, *filter(None, notes)]))
   if means:
     print('geometric mean of rate / peer: ' + ', '.join(f'{name} {mean:.3f}' for name, mean in means.items()))

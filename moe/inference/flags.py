@@ -19,7 +19,7 @@ DTYPE = flags.DEFINE_string('dtype', '', 'To compute in, float32 or bfloat16; as
 DATA = flags.DEFINE_integer('data', 1, 'Devices, or groups of them, that share the sequences.', lower_bound=1)
 EXPERT = flags.DEFINE_integer('expert', 1, 'Devices that share the experts.', lower_bound=1)
 TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden width and vocabulary.', lower_bound=1)
-CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Split the CPU into so many virtual devices.', lower_bound=0)
+CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Split the CPU into so many virtual devices.', 0, 4096)
 
 
 def load_model(quantized: bool = False) -> load.Model:

@@ -22,6 +22,7 @@ def page(run: 'Run', summary: dict[str, Any]) -> str:
     f'<p class="muted">{_state(summary["steps"], run.setting("train.steps"), summary["finished"])}</p>',
     f'<p class="verdict">{escape(verdict(summary))}</p>',
     *(f'<p>Missing rows: {escape(hole)}.</p>' for hole in run.holes),
+    *(f'<p class="muted">{escape(sentence)}</p>' for sentence in remarks(run, summary)),
     _tables(run, summary),
     '<div class="grid">',
     section(
@@ -65,6 +66,29 @@ def verdict(summary: dict[str, Any]) -> str:
   elif vio is not None:
     parts.append(f'MaxVio_global {vio:.3g}.')
   return ' '.join(parts) or 'Not evaluated: the run stopped before its first evaluation.'
+
+
+def remarks(run: 'Run', summary: dict[str, Any]) -> list[str]:
+  """Sentences on what puzzles in the numbers of this run, where it does."""
+  found = []
+  bits, gzip = summary['val_bits_per_byte'], summary['gzip_bits_per_byte']
+  if bits is not None and gzip and bits > gzip:
+    found.append(
+      'More than gzip is usual after a short training: gzip packs the whole validation text and copies what it has '
+      'seen up to 32 kB before; the model sees one sequence, and learned from other text.'
+    )
+  if _mtp_loss(run) is not None:
+    found.append(
+      'The loss of an MTP module may lie below that of the model: for the token that it predicts it, too, sees all '
+      'tokens before, and it has one layer more.'
+    )
+  return found
+
+
+def _mtp_loss(run):
+  """Validation loss of the MTP modules in the last evaluation; None without them."""
+  found = run.evals[-1].get('val_mtp_loss') if run.evals else None
+  return found if isinstance(found, float) else None
 
 
 _LOSS = (
@@ -111,13 +135,14 @@ def _sample(text):
 
 
 def _tables(run, summary):
-  s = summary
+  s, mtp_loss = summary, _mtp_loss(run)
   groups = {
     'Quality': [
       ('validation bits per byte', s['val_bits_per_byte']),
       ('trigram bits per byte', s['trigram_bits_per_byte']),
       ('gzip bits per byte', s['gzip_bits_per_byte']),
       ('validation loss, nats per token', s['val_loss']),
+      *([] if mtp_loss is None else [('validation loss of MTP modules', mtp_loss)]),
       ('validation perplexity', s['val_perplexity']),
       ('training loss, last 20 rows', s['train_loss_last_20_rows']),
     ],

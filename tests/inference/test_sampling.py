@@ -41,6 +41,19 @@ def test_ties_at_a_limit_all_stay():
     assert np.flatnonzero(distribution(logits_V, how)).tolist() == kept
 
 
+def test_top_p_that_is_reached_exactly_takes_no_more():
+  """The fewest tokens that hold it: once they do, the next one stays out, as in numpy."""
+  logits_V = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0625, 0.0625]))
+  before_V = jnp.cumsum(jax.nn.softmax(logits_V)) - jax.nn.softmax(logits_V)
+  for kept in (1, 2, 3):
+    top_p = float(before_V[kept])  # what the likelier ones hold, to the last bit
+    found_V = distribution(logits_V, Sampling(1.0, 0, top_p))
+    assert np.flatnonzero(found_V).tolist() == list(range(kept))
+    assert (
+      len(np.flatnonzero(distribution(logits_V, Sampling(1.0, 0, np.nextafter(top_p, 1, dtype=np.float32))))) > kept
+    )
+
+
 @pytest.mark.parametrize(
   ('how', 'says'),
   [

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from moe.config import Config, ModelConfig
 from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
+from moe.model import layer as layers
 from moe.model.ffn import Experts
 from moe.model.parameters import Init
 from moe.model.router import Routing
@@ -226,3 +227,44 @@ def test_permute_gradient_is_a_scatter_add():
   np.add.at(expected, source[valid], np.asarray(dy)[valid])
   np.testing.assert_array_equal(y, np.asarray(x)[source] * valid[:, None])
   np.testing.assert_allclose(pull(dy)[0], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('multiple', [1, 4])
+def test_rows_of_a_layout(multiple):
+  """As many rows are valid as assignments go somewhere, each holds its own, in the order of keys; the rest is room."""
+  num_keys, rows = 5, 20
+  key_A = np.random.default_rng(0).permutation([0] * 7 + [2] * 4 + [4] * 3 + [num_keys] * 6)  # keys 1 and 3 get none
+  layout = permutes.lay_out(jnp.asarray(key_A), num_keys, rows, multiple)
+  room = lambda count: -(-count // multiple) * multiple
+  wanted = []
+  for key in range(num_keys):
+    mine = np.flatnonzero(key_A == key).tolist()
+    wanted += mine + [None] * (room(len(mine)) - len(mine))
+  wanted += [None] * (permutes.padded_rows(rows, num_keys, multiple) - len(wanted))
+  assert layout.valid_M.tolist() == [assignment is not None for assignment in wanted]
+  assert layout.size.tolist() == [room(count) for count in np.bincount(key_A, minlength=num_keys)[:num_keys]]
+  for row, assignment in enumerate(wanted):
+    if assignment is not None:
+      assert layout.order_M[row] == assignment
+      assert layout.place_A[assignment] == row
+
+
+def test_dropless_calls_of_a_model_with_a_capacity(mesh_of):
+  """As evaluation makes them: buffers hold every token, too, though all of them choose the experts of one shard."""
+  tight = dataclasses.replace(MODEL, capacity_factor=0.25)
+  init = lambda model: layers.MoELayer(model, Init(nnx.Rngs(0), 0.5))
+  graph, state = nnx.split(init(MODEL))
+  specs = jax.tree.map_with_path(lambda path, _: P('expert') if 'experts' in str(path) else P(), state)
+  x_BSD = jax.random.normal(jax.random.key(1), (4, 8, D))
+  bias_E, rows = -10.0 * jnp.arange(E), P(BATCH_AXES)
+
+  def output(model):
+    config = Config(model=model, dispatch='all_to_all', grouped_matmul='ragged_dot')
+
+    def run(state, x_BSD):
+      module, mask_BS = nnx.merge(graph, state), jnp.ones(x_BSD.shape[:2], bool)
+      return lax.psum(layers.moe_block(module, x_BSD, mask_BS, bias_E, config, dropless=True)[0], 'tensor')
+
+    return jax.jit(jax.shard_map(run, mesh=mesh_of(expert=4), in_specs=(specs, rows), out_specs=rows))(state, x_BSD)
+
+  np.testing.assert_allclose(output(tight), output(MODEL), rtol=1e-6, atol=1e-6)

@@ -187,6 +187,21 @@ def test_everything_from_the_run_is_escaped(page):
   assert '--config &lt;x&gt;' in page
 
 
+def test_numbers_that_puzzle_are_explained(run_dir, page):
+  """Where they stand, and only there: the fake run beats gzip and logs no MTP loss."""
+  more, mtp = 'More than gzip is usual after a short training', 'The loss of an MTP module may lie below'
+  assert more not in page
+  assert mtp not in page
+  evals = read_jsonl(run_dir / 'evals.jsonl')
+  worse = [row | {'val_bits_per_byte': 3.4, 'val_mtp_loss': 1.625} for row in evals]
+  write_jsonl(run_dir / 'evals.jsonl', worse)
+  write_report(run_dir)
+  page = (run_dir / 'report.html').read_text()
+  assert page.index('55% more than gzip') < page.index(more) < page.index(mtp) < page.index('<h2>')
+  assert 'validation loss of MTP modules' in page
+  assert '1.625' in page
+
+
 def test_mfu_is_shown_where_it_is_known(run_dir, page):
   assert 'MFU' not in page
   rows = read_jsonl(run_dir / 'metrics.jsonl')
