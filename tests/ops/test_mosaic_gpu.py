@@ -12,6 +12,7 @@ import pytest
 from gpus import lower_for_gpu
 from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 from moe.mesh import abstract_mesh
 from moe.ops import fp8
@@ -122,15 +123,6 @@ def test_three_kernels_are_lowered_for_cuda(sizes):
   assert text.count('custom_call @mosaic_gpu') == 3
   assert 'dot_general' not in text
   assert 'ragged_dot' not in text
-
-
-def equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns')):
-      inner = getattr(value, 'jaxpr', value)
-      if hasattr(inner, 'eqns'):
-        yield from equations(inner)
 
 
 def fp8_gradients(x_MD, w_eDF, size_e, dy_MF):
