@@ -18,7 +18,7 @@ from absl import flags
 
 from moe import cli, load_history
 from moe.errors import UserError
-from moe.files import write_atomically
+from moe.files import write_atomically, write_json
 from moe.paths import local_path
 from moe.report.run import load_run, summarize
 from moe.sweep import jobs, manifest
@@ -48,7 +48,7 @@ def _copy(source: pathlib.Path, out: pathlib.Path):
   run = load_run(source)
   public = lambda fields: {key: value for key, value in fields.items() if key != 'command'}  # it has a machine's paths
   info = public(run.info) | {'starts': [public(start) for start in run.starts]}
-  write_atomically(out / 'config.json', json.dumps(info, indent=1) + '\n')
+  write_json(out / 'config.json', info, indent=1)
   for name in ('data.json', 'evals.jsonl'):
     try:
       write_atomically(out / name, (source / name).read_text('utf-8'))
@@ -58,7 +58,7 @@ def _copy(source: pathlib.Path, out: pathlib.Path):
   for name, rows, every in logs:
     kept = [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
     write_atomically(out / name, ''.join(json.dumps(_short(row), separators=(',', ':')) + '\n' for row in kept))
-  write_atomically(out / 'summary.json', json.dumps(summarize(run), indent=1) + '\n')  # last: it says that all is here
+  write_json(out / 'summary.json', summarize(run), indent=1)  # last: it says that all is here
 
 
 def _short(row: dict) -> dict:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from moe.errors import UserError
 
 MAX_JSON_BYTES = 1 << 28  # parsed, JSON takes some ten times its size
+_SEAL = re.compile(rb',\n *"crc32": "([0-9a-f]{8})"\n}\n\Z')
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -88,9 +90,27 @@ def regular(path: Path, most_bytes: int | None = None) -> os.stat_result:
   return found
 
 
+def write_json(path: Path, value: dict[str, Any], indent: int = 2) -> None:
+  """Writes a JSON object atomically, its last key 'crc32' the CRC-32 of the text before it. Raises UserError.
+
+  So `read_json` notices whatever a disk or an editor changed in it later; who means a change deletes that key.
+  """
+  text = json.dumps(value, indent=indent, allow_nan=False).removesuffix('}').rstrip()
+  write_atomically(path, f'{text},\n{" " * indent}"crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n')
+
+
 def read_json(path: Path) -> dict[str, Any]:
-  """The JSON object in a file. Raises UserError: as `read_bytes`, or no JSON object."""
-  return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
+  """The JSON object in a file. Raises UserError: as `read_bytes`, no JSON object, or not as `write_json` left it."""
+  text = read_bytes(path, MAX_JSON_BYTES)
+  value, sealed = parse_json(text, str(path)), _SEAL.search(text)
+  if value.pop('crc32', None) is None:
+    return value  # of an older version, or of other programs
+  if not sealed or int(sealed[1], 16) != zlib.crc32(text[: sealed.start()]):
+    raise UserError(
+      f'{path} was changed after it was written: its CRC-32 differs; restore it, or delete its crc32 if the change is '
+      'meant'
+    )
+  return value
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:

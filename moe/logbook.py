@@ -1,18 +1,20 @@
 """Rows of a run: metrics.jsonl, load_history.jsonl, evals.jsonl and TensorBoard events.
 
 A resumed run cuts the files back to the step it resumes from, so that each step stands once. A checkpoint remembers how
-many bytes of rows came before it, which are on disk before it is; so rows that were lost later are noticed.
+many bytes of rows came before it, which are on disk before it is; so rows that were lost later are noticed, and by the
+digests in logs.json also rows that were changed.
 """
 
 import contextlib
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe import load_history
+from moe import digests, load_history
 from moe.errors import UserError
 from moe.files import parse_json, step_of, sync_folder
 from moe.tensorboard import Board
@@ -34,14 +36,19 @@ class Logbook:
     Raises:
       UserError: the directory is not writable, or a row near the end of a file is damaged.
     """
-    self._path, self._files, self.holes, self.last_steps = run_dir, {}, [], {}
+    self._path, self._files, self._digests, self.holes, self.last_steps = run_dir, {}, {}, [], {}
     try:
+      digests.check_logs(run_dir, whole=False)
       for name in FILES:
         path = run_dir / f'{name}.jsonl'
         keep = resume_step if name != 'evals' else min(resume_step, last_step - 1)
-        last = self.last_steps[name] = _cut_back(path, keep)
-        self.holes += _hole(path, last, (logged or {}).get(name))
-        self._files[name] = path.open('a', encoding='utf-8')
+        self._digests[name], self.last_steps[name] = _kept(path, keep)
+      self._write_digests()  # before rows go, so that they are not missed
+      for name, (size, _) in self._digests.items():
+        path = run_dir / f'{name}.jsonl'
+        self._files[name] = path.open('ab')
+        self._files[name].truncate(size)
+        self.holes += _hole(path, self.last_steps[name], (logged or {}).get(name))
       sync_folder(run_dir)
       self._board = Board(run_dir / 'tensorboard', resume_step + 1)
     except OSError as error:
@@ -59,13 +66,15 @@ class Logbook:
       self._append('load_history', load_history.line(step, load_LE))
 
   def sync(self) -> dict[str, list[int]]:
-    """Returns once all rows are on disk, with the bytes of each file. Raises UserError."""
-    sizes = {}
+    """Returns once all rows and their digests are on disk, with the bytes of each file. Raises UserError."""
     for name, file in self._files.items():
       with self._guarded(name):
         os.fsync(file.fileno())
-        sizes[name] = os.fstat(file.fileno()).st_size
-    return sizes
+    self._write_digests()
+    return {name: size for name, (size, _) in self._digests.items()}
+
+  def _write_digests(self):
+    digests.write_logs(self._path, {f'{name}.jsonl': digest for name, digest in self._digests.items()})
 
   def close(self) -> None:
     """Closes all files, also those that a full disk does not let end. Raises UserError."""
@@ -74,14 +83,17 @@ class Logbook:
       for name, file in self._files.items():
         stack.enter_context(self._guarded(name))
         stack.callback(file.close)
+      self.sync()
 
   def _close_board(self):
     with self._guarded('tensorboard'):
       self._board.close()
 
   def _append(self, name, line):
-    self._files[name].write(line + '\n')
+    row, (size, crc) = f'{line}\n'.encode(), self._digests[name]
+    self._files[name].write(row)
     self._files[name].flush()
+    self._digests[name] = size + len(row), zlib.crc32(row, crc)
 
   @contextlib.contextmanager
   def _guarded(self, name) -> Iterator[None]:
@@ -101,21 +113,20 @@ def _numbers(row):
       yield of + key, value
 
 
-def _cut_back(path: pathlib.Path, step: int) -> int | None:
-  """Truncates a .jsonl file after its last row up to `step`, or where a crash left an incomplete line.
+def _kept(path: pathlib.Path, step: int) -> tuple[tuple[int, int], int | None]:
+  """((bytes, CRC-32) of the rows up to `step`, step of the last of them or None); a crash may have left half a line.
 
-  Reads from the end, no further than needed. Returns that row's step, or None if there is none.
+  Rows are parsed from the end, no more of them than needed.
   """
   if not path.exists():
-    return None
-  with path.open('rb+') as file:
+    return (0, 0), None
+  with path.open('rb') as file:
     for line, end in _lines_from_the_end(file):
       where = f'{path}, the row that ends at byte {end}'
       if line.endswith(b'\n') and (found := step_of(parse_json(line, where), where)) <= step:
-        file.truncate(end)
-        return found
-    file.truncate(0)
-  return None
+        file.seek(0)
+        return digests.crc_of(file, end), found
+  return (0, 0), None
 
 
 def _lines_from_the_end(file) -> Iterator[tuple[bytes, int]]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import platform
 import sys
@@ -16,7 +15,7 @@ import moe
 from moe import lock
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.files import read_json, sweep_temporaries, write_atomically
+from moe.files import read_json, sweep_temporaries, write_json
 from moe.mesh import platform_of
 from moe.ops import attention
 from moe.state import count_parameters
@@ -131,7 +130,7 @@ def describe_run(path: pathlib.Path, config: Config, mesh, command: str, step: i
   start |= {key: value for key, value in (('changed', changed), ('holes', list(holes))) if value}
   info = {'config': dataclasses.asdict(config), **here, 'parameters': total, 'active_parameters': active}
   info |= {'resolved': runs, 'saved': bool(step or old.get('saved')), 'starts': [*_starts(old), start]}
-  write_atomically(file, json.dumps(info, indent=2) + '\n')
+  write_json(file, info)
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
   kernels = ', '.join(f'{key} {value}' for key, value in runs.items() if key != 'mesh')
   return (
@@ -144,7 +143,7 @@ def note_saved(path: pathlib.Path) -> None:
   """Writes down that the run has had a checkpoint, so that it does not start over should they be lost."""
   info = _read(path / CONFIG)
   if not info.get('saved'):
-    write_atomically(path / CONFIG, json.dumps(info | {'saved': True}, indent=2) + '\n')
+    write_json(path / CONFIG, info | {'saved': True})
 
 
 def read_config(path: pathlib.Path) -> Config:

@@ -1,11 +1,12 @@
 """Files that other hands wrote: each kind of damage is one line that names the file."""
 
+import json
 import os
 
 import pytest
 
 from moe.errors import UserError
-from moe.files import MAX_JSON_BYTES, read_bytes, read_json, read_rows
+from moe.files import MAX_JSON_BYTES, read_bytes, read_json, read_rows, write_json
 
 
 def test_reads_what_is_there(tmp_path):
@@ -34,6 +35,29 @@ def test_damaged_json_is_named(tmp_path, text, why):
   with pytest.raises(UserError, match=why) as caught:
     read_json(file)
   assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize('indent', [1, 2])
+def test_any_changed_byte_of_sealed_json_is_noticed(tmp_path, indent):
+  file, value = tmp_path / 'a.json', {'a': [1, 2.5], 'b': {'c': 'x'}, 'd': True}
+  write_json(file, value, indent)
+  assert read_json(file) == value
+  text = file.read_bytes()
+  for i in range(len(text)):
+    file.write_bytes(text[:i] + bytes([text[i] ^ 1]) + text[i + 1 :])
+    try:
+      found = read_json(file)
+    except UserError as error:
+      assert str(file) in str(error)
+    else:  # the name of the seal is broken: then nothing else is
+      assert value.items() <= found.items()
+  parsed = json.loads(text)
+  file.write_text(json.dumps(parsed | {'d': False}, indent=indent))
+  with pytest.raises(UserError, match='delete its crc32 if the change is meant'):
+    read_json(file)
+  del parsed['crc32']
+  file.write_text(json.dumps(parsed | {'d': False}))
+  assert read_json(file) == value | {'d': False}
 
 
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):

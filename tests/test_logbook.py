@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from moe import load_history, logbook, run_dir, tensorboard
+from moe import digests, load_history, logbook, run_dir, tensorboard
 from moe.config import Config, DataConfig
 from moe.errors import UserError
 from moe.files import read_rows
@@ -59,13 +59,54 @@ def test_the_last_steps_evaluation_is_made_again(tmp_path):
   assert (steps_in(tmp_path, 'evals'), steps_in(tmp_path)) == ([5], [5, 10])
 
 
-def test_only_the_end_is_read(tmp_path):
-  written(tmp_path, [1, 2])
-  text = (tmp_path / 'metrics.jsonl').read_bytes()
-  (tmp_path / 'metrics.jsonl').write_bytes(b'\0' * 50_000 + b'\n' + text)  # not read, so not noticed here
-  book = Logbook(tmp_path, 1, 100)
-  assert book.last_steps['metrics'] == 1
-  book.close()
+@pytest.mark.parametrize('name', logbook.FILES)
+def test_changed_rows_are_noticed_and_may_be_accepted(tmp_path, name):
+  """One flipped bit in a digit, which leaves valid JSON; whoever goes on with it deletes the digests."""
+  written(tmp_path, range(1, 11))
+  digests.check_logs(tmp_path, whole=True)
+  file = tmp_path / f'{name}.jsonl'
+  text = bytearray(file.read_bytes())
+  text[text.index(b'"step": 5') + 8] ^= 1
+  file.write_bytes(text)
+  for check in (lambda: Logbook(tmp_path, 10, 100), lambda: digests.check_logs(tmp_path, whole=True)):
+    with pytest.raises(UserError, match=rf'{name}\.jsonl is not as it was written.*delete logs\.json there'):
+      check()
+  assert file.read_bytes() == text
+  (tmp_path / 'logs.json').unlink()
+  Logbook(tmp_path, 10, 100).close()
+  digests.check_logs(tmp_path, whole=True)
+
+
+def test_digests_of_rows_follow_what_is_cut_and_appended(tmp_path):
+  """Killed after rows that no digest counts yet, and between the digests of a cut and the cut itself."""
+  written(tmp_path, range(1, 11))
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
+    file.write(b'{"step": 11}\n{"ste')
+  digests.check_logs(tmp_path, whole=True)
+  rows = (tmp_path / 'metrics.jsonl').read_bytes()
+  written(tmp_path, [], resume=4)
+  digests.check_logs(tmp_path, whole=True)
+  (tmp_path / 'metrics.jsonl').write_bytes(rows)  # as if not cut
+  digests.check_logs(tmp_path, whole=True)
+  written(tmp_path, [5, 6], resume=4)
+  digests.check_logs(tmp_path, whole=True)
+  assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_lost_rows_fail_a_reader(tmp_path):
+  written(tmp_path, range(1, 11))
+  os.truncate(tmp_path / 'metrics.jsonl', 700)
+  digests.check_logs(tmp_path, whole=False)  # a run that goes on marks them
+  with pytest.raises(UserError, match=r'metrics\.jsonl has 700 bytes, and had 3,\d{3}: rows are missing'):
+    digests.check_logs(tmp_path, whole=True)
+
+
+@pytest.mark.parametrize('text', ['{"metrics.jsonl": 3}', '{"metrics.jsonl": {"bytes": "9"}}', '[', ''])
+def test_damaged_digests_of_rows(tmp_path, text):
+  written(tmp_path, [1])
+  (tmp_path / 'logs.json').write_text(text)
+  with pytest.raises(UserError, match=r'logs\.json'):
+    Logbook(tmp_path, 1, 100)
 
 
 @pytest.mark.parametrize('line', [b'\0\0\0', b'[1]', b'{}', b'{"step": "2"}', b'x', b''])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from moe import digests
 from moe.errors import UserError, short
 from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, replacing
 
@@ -121,8 +122,18 @@ class FolderTokens(NamedTuple):
 NOTHING = FolderTokens(Path(), {})
 
 
+def seal(run: Path) -> None:
+  """Writes digests of a run's tokenizer and of what it keeps beside it. Raises OSError, UserError."""
+  digests.write(run, ('tokenizer.json', KEPT))
+
+
 def read(folder: Path) -> FolderTokens:
-  """What stands in a folder, or in a run's folder for it. Raises UserError if a file cannot be read."""
+  """What stands in a folder, or in a run's folder for it.
+
+  Raises:
+    UserError: a file, or tokenizer.json beside them, cannot be read or was changed after its digest was written.
+  """
+  digests.check(folder, ('tokenizer.json', KEPT, *FILES))
   path = folder / KEPT if (folder / KEPT).is_dir() else folder
   texts = {name: read_bytes(path / name, MAX_JSON_BYTES) for name in FILES if (path / name).exists()}
   found = FolderTokens(path, texts)

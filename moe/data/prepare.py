@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -11,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from moe import digests
 from moe.config import DataConfig
-from moe.data import baselines
+from moe.data import baselines, folder_tokens
 from moe.data.batches import Rows, pack
 from moe.data.cached import cached
 from moe.data.corpus import Corpus
 from moe.data.documents import Document
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
-from moe.files import read_bytes, read_json, write_atomically
+from moe.files import read_bytes, read_json, write_json
 
 COSTS = ('trigram_bits_per_byte', 'gzip_bits_per_byte')
 TYPES = {'digest': str, 'corpus': str, 'tokenizer': str, 'tokenizer_digest': str, 'train_bytes': int, 'val_bytes': int}
@@ -109,10 +109,11 @@ def describe(path: Path, corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, R
   }
   known = {name: old.get(name) for name in COSTS}
   new |= known if all(map(_is_cost, known.values())) else costs(corpus, data)
-  if _own_digest(path) != tokenizer.digest:
+  if _own_digest(path) != tokenizer.digest or not (path / digests.FILE).exists():
     tokenizer.save(path / 'tokenizer.json')
+    folder_tokens.seal(path)
   if new != old:
-    write_atomically(file, json.dumps(new, indent=2) + '\n')
+    write_json(file, new)
   return _lines(path, old, new)
 
 

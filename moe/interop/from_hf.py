@@ -54,6 +54,7 @@ def import_run(source: Path, run: Path, config: Config | None = None) -> list[st
       shutil.copyfile(tokenizer, folder / 'tokenizer.json')
       path = str((run / 'tokenizer.json').absolute())
       settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=path))
+    folder_tokens.seal(folder)
     _save(folder, checkpoint, mesh)
     run_dir.describe_run(folder, settings, mesh, run_dir.command_line())
     write_atomically(folder / 'config.py', _config_file(settings))

@@ -18,7 +18,7 @@ import tqdm
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import sharding
+from moe import digests, sharding
 from moe.checkpoint import flatten
 from moe.config import Config, ModelConfig
 from moe.errors import UserError
@@ -51,6 +51,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
   Raises:
     UserError: not a DeepSeek-V3 checkpoint, or one of its tensors is unknown, missing, misshapen or damaged.
   """
+  digests.check(folder)
   file = folder / 'config.json'
   model, remarks = hf_config.from_hf(hf_config.read(folder), file), []
   stored = {name: one for name, one in shards.open_folder(folder).items() if not name.endswith(ROTARY)}

@@ -10,11 +10,12 @@ import numpy as np
 import tokenizers
 import tqdm
 
+from moe import digests
 from moe.config import Config
 from moe.data import folder_tokens
 from moe.data.tokenizer import FILE, ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
-from moe.folder import new_folder
+from moe.folder import LOCK, PLAN, new_folder
 from moe.interop import formats, hf_config, names, shards
 from moe.interop.load import array_shapes
 from moe.interop.run_sizes import check_layers
@@ -58,7 +59,9 @@ def export_run(
     (folder / 'config.json').write_text(json.dumps(hf, indent=2) + '\n', 'utf-8')
     kind = f'{dtype} and {quantize}' if quantize else dtype
     lines = [f'{target}: step {weights.step} of {run}, {total_bytes:,} bytes of {kind}, files: {len(files)}']
-    return [*lines, *weights.remarks, *_write_tokenizer(folder, run, tokenizer, said)]
+    lines += [*weights.remarks, *_write_tokenizer(folder, run, tokenizer, said)]
+    digests.write(folder, {path.name for path in folder.iterdir()} - {PLAN, LOCK})
+    return lines
 
 
 class Entry(NamedTuple):

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from moe import load_history
+from moe import digests, load_history
 from moe.balance import metrics
 from moe.config import Config
 from moe.errors import UserError
-from moe.files import read_bytes, read_json, read_rows, write_atomically
+from moe.files import read_bytes, read_json, read_rows, write_atomically, write_json
 from moe.report import html
 
 TAIL_FRACTION = 0.1  # last fraction of the rows behind the summary's training means
@@ -102,7 +102,8 @@ def load_run(path: str | os.PathLike) -> Run:
 
   Raises:
     UserError: no such directory, config.json or metrics.jsonl missing or without rows, or a file that is no valid
-      JSON or does not fit the config. A row of load_history.jsonl is looked at when it is read.
+      JSON, does not fit the config or was changed after it was written. A row of load_history.jsonl is looked at when
+      it is read.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -114,6 +115,7 @@ def load_run(path: str | os.PathLike) -> Run:
     json.dumps(info, indent=2, allow_nan=False)  # as summary and report will
   except (RecursionError, ValueError) as error:
     raise UserError(f'{path / "config.json"} is nested too deeply, or has numbers that are not finite') from error
+  digests.check_logs(path, whole=True)
   rows = read_rows(path / 'metrics.jsonl')
   if not rows:
     raise UserError(f'{path / "metrics.jsonl"} has no rows: the run logged nothing yet; {CONTENTS}')
@@ -174,7 +176,7 @@ def write_report(path: str | os.PathLike) -> dict[str, Any]:
   """
   run = load_run(path)
   summary = summarize(run)
-  write_atomically(run.path / 'summary.json', json.dumps(summary, indent=2, allow_nan=False) + '\n')
+  write_json(run.path / 'summary.json', summary)
   write_atomically(run.path / 'report.html', html.page(run, summary))
   return summary
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import moe
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.files import read_json, write_atomically
+from moe.files import read_json, write_json
 from moe.sweep.variants import Variant, check_names, flatten, overlay
 
 FILE, LOCK = 'sweep.json', '.lock'
@@ -109,7 +108,7 @@ def _write(folder: pathlib.Path, sweep: Sweep):
     'variants': {variant.name: variant.overrides for variant in sweep.variants},
     'base': dataclasses.asdict(sweep.base),
   }
-  write_atomically(folder / FILE, json.dumps(description, indent=2) + '\n')
+  write_json(folder / FILE, description)
 
 
 def read(folder: pathlib.Path) -> Sweep:
