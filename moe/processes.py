@@ -258,7 +258,7 @@ def _difference(ours: dict, theirs: dict[int, dict]) -> str:
     for key in sorted(ours.keys() | facts.keys()):
       if ours.get(key) != facts.get(key):
         return (
-          f'process {process_id} has {key} = {str(facts.get(key))[:80]!r} and process 0 {str(ours.get(key))[:80]!r}; '
+          f'process {process_id} has {key} = {repr(facts.get(key))[:80]} and process 0 {repr(ours.get(key))[:80]}; '
           'all processes of a run need the same settings, text and code'
         )
   return ''

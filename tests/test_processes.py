@@ -74,7 +74,7 @@ def test_another_setting_is_named_by_all(port, key, value):
   facts = [run_dir.shared_settings(config) for config in (Config(), Config(), from_config_dict(other))]
   found = together(*(member(port, i, facts[i]) for i in range(3)))
   assert len(set(found)) == 1
-  assert f'process 2 has {key} = {str(value)!r} and process 0' in found[0]
+  assert f'process 2 has {key} = {value!r} and process 0' in found[0]
 
 
 def test_settings_of_a_host_may_differ():

@@ -361,9 +361,12 @@ def test_warm_start_takes_weights_and_bias_but_not_the_step(finished, corpus, tm
   assert first['bias_max'] > settings.balance.gamma * 2
 
 
-def test_profile_writes_a_trace(corpus, tmp_path):
-  loop.train(config(corpus, **{'train.steps': 3, 'train.profile_steps': '2:2', 'train.eval_every': 0}), str(tmp_path))
+def test_profile_writes_a_trace_and_loads_have_a_cadence_of_their_own(corpus, tmp_path):
+  changes = {'train.steps': 3, 'train.profile_steps': '2:2', 'train.eval_every': 0, 'train.load_every': 2}
+  loop.train(config(corpus, **changes), str(tmp_path))
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  steps = [[row['step'] for row in rows(tmp_path, name)] for name in ('metrics', 'load_history')]
+  assert steps == [[1, 2, 3], [2, 3]]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
