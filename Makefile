@@ -1,38 +1,68 @@
-# `make demo` and `make test` each work alone on a fresh machine: they make the virtual environment in .venv.
+# `make demo` and `make test` each work alone on a fresh machine: they make the virtual environment in .venv, of the
+# versions in constraints/ that are known to work with that Python. With another PYTHON, they make it anew.
 PYTHON ?= python3
 # Where pip may look for torch, too: https://download.pytorch.org/whl/cpu spares Linux the gigabytes of CUDA.
 TORCH_INDEX ?=
-BIN := .venv/bin
+VENV ?= .venv
 
-.PHONY: demo test test-live lint clean
+VERSION := $(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null)
+KNOWN := constraints/python$(basename $(VERSION)).txt
+CONSTRAINTS := $(wildcard $(KNOWN))
+PIP_INSTALL = install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
+INSTALLED := $(VENV)/installed-$(VERSION)
+TORCH_INSTALLED := .venv-torch/installed-$(VERSION)
+# What depends on jax, numpy and Python most; not what starts many processes, draws pages or lowers V3.
+FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/test_checkpoint.py tests/test_empty_arrays.py \
+  tests/test_step.py
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
 
-demo: .venv/installed  ## train the tiny model on Python's standard library and write runs/tiny/report.html
-	$(BIN)/python experiments/train.py --config=configs/tiny.py --workdir=runs/tiny
+.PHONY: demo test test-fast test-live lint constraints versions clean
 
-test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
+demo: versions  ## train the tiny model on Python's standard library and write runs/tiny/report.html
+	$(VENV)/bin/python experiments/train.py --config=configs/tiny.py --workdir=runs/tiny
 
-test-live: .venv-torch/installed  ## our checkpoints in transformers, and theirs here
+test: versions  ## the whole test suite
+	$(PYTEST)
+
+test-fast: versions  ## about half of it
+	$(PYTEST) $(FAST)
+
+test-live: $(TORCH_INSTALLED)  ## our checkpoints in transformers, and theirs here
 	.venv-torch/bin/python -c 'import torch, transformers'  # without them the tests would skip themselves
 	.venv-torch/bin/python -m pytest tests/interop/test_live_transformers.py
 
-lint: .venv/installed  ## what CI checks of the source text
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(INSTALLED)  ## what CI checks of the source text
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
-.venv/installed: setup.py
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[test]'
+constraints:  ## the newest versions that pip serves for PYTHON, into VENV and constraints/; see that `make test` passes
+	$(call new_venv,$(VENV))
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	echo '# Known to work with this Python; make installs these versions, make constraints renews them.' >$(KNOWN)
+	$(VENV)/bin/pip freeze --exclude-editable >>$(KNOWN)
+	touch $(INSTALLED)
+
+versions: $(INSTALLED)
+	@$(VENV)/bin/python -c 'import importlib.metadata as of; print("Python $(VERSION), jax", of.version("jax"))'
+
+$(INSTALLED): setup.py $(CONSTRAINTS)
+	$(if $(CONSTRAINTS),,@echo 'There is no $(KNOWN): pip picks the newest versions, which may not work.')
+	$(call new_venv,$(VENV))
+	$(VENV)/bin/pip $(PIP_INSTALL) --editable '.[test]'
 	touch $@
 
-.venv-torch/installed: setup.py
-	$(PYTHON) -m venv .venv-torch
-	echo '*' > .venv-torch/.gitignore
-	.venv-torch/bin/pip install --quiet --upgrade pip
-	.venv-torch/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 transformers
-	.venv-torch/bin/pip install --quiet --editable '.[test]'
+$(TORCH_INSTALLED): setup.py $(CONSTRAINTS)
+	$(call new_venv,.venv-torch)
+	.venv-torch/bin/pip $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 transformers==5.24.0
+	.venv-torch/bin/pip $(PIP_INSTALL) --editable '.[test]'
 	touch $@
+
+define new_venv
+$(if $(VERSION),,$(error PYTHON = $(PYTHON) does not run; give a Python of 3.11 or later))
+$(PYTHON) -m venv --clear $(1)
+echo '*' >$(1)/.gitignore
+$(1)/bin/pip install --quiet --upgrade pip
+endef
 
 clean:
-	rm -rf .venv .venv-torch runs build *.egg-info
+	rm -rf .venv .venv-* runs build *.egg-info
