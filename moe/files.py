@@ -126,14 +126,16 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
   return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, again: bool = True) -> list[dict[str, Any]]:
   """Rows of a .jsonl file of a run, each with an int 'step'; [] if there is no such file.
 
-  A last line without an end was cut off while being written, and is left out. Where a resumed run logged steps again,
-  the later rows replace the earlier ones from that step on.
+  A last line without an end was cut off while being written, and is left out.
+
+  Args:
+    again: later rows may replace earlier ones, from their step on, as where runs of old versions were resumed.
 
   Raises:
-    UserError: naming the line that is no JSON object or has no int 'step' of at least 0.
+    UserError: naming the line that is no JSON object, has no int 'step' of at least 0, or comes out of order.
   """
   if not os.path.lexists(path):
     return []
@@ -144,9 +146,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     row = parse_json(line, where)
     step = step_of(row, where)
     while rows and rows[-1]['step'] >= step:
+      if not again:
+        raise out_of_order(where, step)
       rows.pop()
     rows.append(row)
   return rows
+
+
+def out_of_order(where: str, step: int) -> UserError:
+  """What a row is that does not come after the one before."""
+  return UserError(f'{where} has step {step}, which is not after the row before')
 
 
 def step_of(row: dict[str, Any], where: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moe.errors import UserError
-from moe.files import open_regular, parse_json, step_of
+from moe.files import open_regular, out_of_order, parse_json, step_of
 
 FILE = 'load_history.jsonl'
 MOST_ROWS = 2000  # of a run that does not say how often
@@ -66,21 +66,21 @@ def _unpacked(text, shape, where):
 class LoadHistory(Sequence):
   """Rows {'step', 'load_LE': int64 [L, E]} in ascending order of their steps; a slice is a list of rows."""
 
-  def __init__(self, path: Path, shape: tuple[int, int]):
-    """Finds the rows of a file that may be missing. A last line without an end is left out; where a resumed run logged
-    steps again, the later rows count.
+  def __init__(self, path: Path, shape: tuple[int, int], again: bool = True):
+    """Finds the rows of a file that may be missing. A last line without an end is left out.
 
     Args:
       shape: (L, E).
+      again: as `files.read_rows`.
 
     Raises:
-      UserError: the file cannot be read, or a row is no JSON object with a step.
+      UserError: the file cannot be read, or a row is no JSON object with a step, or out of order.
     """
     self._path, self._shape, self._places = path, shape, []  # (step, line, first byte, bytes)
     if os.path.lexists(path):
-      self._find()
+      self._find(again)
 
-  def _find(self):
+  def _find(self, again):
     start = 0
     with open_regular(self._path) as file:
       for number, line in enumerate(file, 1):
@@ -88,6 +88,8 @@ class LoadHistory(Sequence):
           found, where = _STEP.match(line), f'{self._path} line {number}'
           step = int(found[1]) if found else step_of(parse_json(line, where), where)
           while self._places and self._places[-1][0] >= step:
+            if not again:
+              raise out_of_order(where, step)
             self._places.pop()
           self._places.append((step, number, start, len(line)))
           start += len(line)

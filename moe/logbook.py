@@ -69,6 +69,7 @@ class Logbook:
     """Returns once all rows and their digests are on disk, with the bytes of each file. Raises UserError."""
     for name, file in self._files.items():
       with self._guarded(name):
+        file.flush()
         os.fsync(file.fileno())
     self._write_digests()
     return {name: size for name, (size, _) in self._digests.items()}

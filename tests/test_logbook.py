@@ -148,7 +148,7 @@ def test_rows_that_came_after_the_checkpoint_are_no_hole(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, full):
   """/dev/full takes bytes into a buffer and refuses them on their way out: when written, and again when closed."""
   book = Logbook(tmp_path, 0, 100)
-  file = pathlib.Path('/dev/full').open('w' if full == 'metrics.jsonl' else 'wb')  # noqa: SIM115
+  file = pathlib.Path('/dev/full').open('wb')  # noqa: SIM115
   if full == 'metrics.jsonl':
     book._files['metrics'].close()
     book._files['metrics'] = file

@@ -21,6 +21,7 @@ from moe import flops, load_history, loop, mesh, run_dir
 from moe.checkpoint import Checkpoints, abstract_like
 from moe.config import Config, from_config_dict, to_config_dict
 from moe.errors import UserError
+from moe.files import read_json
 from moe.load_history import LoadHistory
 from moe.mesh import make_mesh
 from moe.state import abstract, shardings
@@ -397,7 +398,7 @@ def test_other_text_under_the_same_path_is_refused(finished, corpus, tmp_path):
   shutil.copytree(finished, copy)
   shutil.copytree(corpus, text)
   (text / '00.py').write_text('changed = True\n' * 50)
-  info = json.loads((copy / 'config.json').read_text())
+  info = read_json(copy / 'config.json')
   info['config']['data']['paths'] = str(text)
   (copy / 'config.json').write_text(json.dumps(info))
   with pytest.raises(UserError, match='began with other text'):
@@ -428,7 +429,7 @@ def test_a_refused_run_is_left_as_it_was(finished, corpus, tmp_path):
 
 def test_a_checkpoint_of_another_model(finished, corpus, tmp_path):
   copy = shutil.copytree(finished, tmp_path / 'copy')
-  info = json.loads((copy / 'config.json').read_text())
+  info = read_json(copy / 'config.json')
   info['config']['model']['d_expert'] = 16
   (copy / 'config.json').write_text(json.dumps(info))
   with pytest.raises(UserError, match='does not fit the model'):
@@ -512,5 +513,5 @@ def test_tokenizer_and_vocabulary_disagree(tmp_path, corpus):
 
 
 def test_settings_in_the_run_directory_rebuild_the_config(finished, corpus):
-  info = json.loads((finished / 'config.json').read_text())
+  info = read_json(finished / 'config.json')
   assert from_config_dict(info['config']) == config(corpus, **SAMPLED)

@@ -116,7 +116,8 @@ def load_run(path: str | os.PathLike) -> Run:
   except (RecursionError, ValueError) as error:
     raise UserError(f'{path / "config.json"} is nested too deeply, or has numbers that are not finite') from error
   digests.check_logs(path, whole=True)
-  rows = read_rows(path / 'metrics.jsonl')
+  again = not (path / digests.LOGS).exists()  # versions before it resumed without cutting
+  rows = read_rows(path / 'metrics.jsonl', again)
   if not rows:
     raise UserError(f'{path / "metrics.jsonl"} has no rows: the run logged nothing yet; {CONTENTS}')
   if bad := next((row for row in rows if 'loss' not in row), None):
@@ -125,8 +126,8 @@ def load_run(path: str | os.PathLike) -> Run:
   text = read_bytes(sample, MAX_SAMPLE_BYTES).decode('utf-8', 'replace') if sample.exists() else None
   run = Run(path, info, _data(path / 'data.json'), rows, (), [], text)
   _check_settings(run)
-  history = load_history.LoadHistory(path / load_history.FILE, run.load_shape)
-  return dataclasses.replace(run, load_history=history, evals=_evals(path / 'evals.jsonl', run.load_shape))
+  history = load_history.LoadHistory(path / load_history.FILE, run.load_shape, again)
+  return dataclasses.replace(run, load_history=history, evals=_evals(path / 'evals.jsonl', run.load_shape, again))
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def _data(path):
   return {key: value for key, value in data.items() if is_kind(key, value)}
 
 
-def _evals(path, shape):
-  rows = read_rows(path)
+def _evals(path, shape, again):
+  rows = read_rows(path, again)
   for row in rows:
     row['load_LE'] = load_history.decode(row.get('load_LE'), shape, f'{path}, row of step {row["step"]}')
   return rows

@@ -6,11 +6,12 @@ import pytest
 import tokenizers
 
 from moe.config import DataConfig
-from moe.data import prepare
+from moe.data import folder_tokens, prepare
 from moe.data.batches import pack
 from moe.data.corpus import Corpus, Document
 from moe.data.tokenizer import ByteTokenizer, load_saved, train_bpe
 from moe.errors import UserError
+from moe.files import read_json
 
 DOCUMENTS = [Document(str(i), b'The quick brown fox jumps, %d times\n' % i * 9) for i in range(12)]
 CORPUS = Corpus(DOCUMENTS[:9], DOCUMENTS[9:], 'text')
@@ -34,7 +35,7 @@ def describe(path, corpus=CORPUS, tokenizer=BPE):
 
 
 def data_of(path):
-  return json.loads((path / 'data.json').read_text())
+  return read_json(path / 'data.json')
 
 
 def change(path, **values):
@@ -104,6 +105,7 @@ def test_a_tokenizer_that_is_spelled_otherwise_is_the_same(run):
   """As by another version of the library; the run's own file says which it was."""
   spelled = json.dumps(json.loads((run / 'tokenizer.json').read_text()), indent=7)
   (run / 'tokenizer.json').write_text(spelled)
+  folder_tokens.seal(run)
   change(run, tokenizer_digest=prepare._own_digest(run))
   describe(run)
   assert data_of(run)['tokenizer_digest'] == BPE.digest == prepare._own_digest(run)

@@ -15,6 +15,7 @@ from moe.checkpoint import flatten
 from moe.config import DataConfig, MeshConfig
 from moe.data.tokenizer import load_saved
 from moe.errors import UserError
+from moe.files import read_json
 from moe.inference import load as inference
 from moe.interop import from_hf, hf_config, load, shards, to_hf
 from moe.model import transformer
@@ -181,7 +182,7 @@ def test_a_run_that_trained_on(plain, tmp_path):
   hf_cases.write(tmp_path / 'hf', PLAIN | {'max_position_embeddings': 8192, 'eos_token_id': 5}, plain)
   from_hf.import_run(tmp_path / 'hf', tmp_path / 'run')
   (tmp_path / 'run' / 'data.json').write_text('{}')
-  info = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  info = read_json(tmp_path / 'run' / 'config.json')
   for source, longest in (('elsewhere', 8192), ('', DataConfig.seq_len)):
     info['config']['train']['init_from'] = source
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(info))
@@ -245,7 +246,7 @@ def test_layers_that_a_run_does_not_hold(plain, tmp_path, monkeypatch):
   """A damaged config.json of a run, read by generation and by an export."""
   hf_cases.write(tmp_path / 'hf', PLAIN, plain)
   from_hf.import_run(tmp_path / 'hf', tmp_path / 'run')
-  info = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  info = read_json(tmp_path / 'run' / 'config.json')
   info['config']['model'] |= {'num_layers': 10**12, 'num_dense_layers': 10**12 - 1}
   (tmp_path / 'run' / 'config.json').write_text(json.dumps(info))
   monkeypatch.setattr(transformer, 'abstract_params', None)

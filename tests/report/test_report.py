@@ -15,6 +15,7 @@ import pytest
 
 from moe.balance import metrics
 from moe.errors import UserError
+from moe.files import read_json
 from moe.report import compare, figures, html
 from moe.report.run import load_run, summarize, write_report
 
@@ -153,7 +154,7 @@ def test_summary_by_hand(run_dir):
     'mesh': 'local expert=2',
     'versions': {'jax': '0.0'},
   }
-  assert json.loads((run_dir / 'summary.json').read_text()) == summary
+  assert read_json(run_dir / 'summary.json') == summary
   assert not list(run_dir.glob('*.tmp')) + list(run_dir.glob('.*'))
 
 
@@ -367,7 +368,7 @@ def test_script_on_a_run_with_drops(tmp_path):
   done = run_script(path)
   assert done.returncode == 0, done.stderr
   summary = json.loads(done.stdout)
-  assert summary == json.loads((path / 'summary.json').read_text())
+  assert summary == read_json(path / 'summary.json')
   assert summary['drop_rate'] == pytest.approx(np.mean([0.1 * math.exp(-step / 100) for step in range(271, 301)]))
   assert 'alt="Drop rate by step"' in (path / 'report.html').read_text()
 

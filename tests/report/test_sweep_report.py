@@ -16,6 +16,7 @@ from scipy import stats
 
 from moe.balance import metrics
 from moe.errors import UserError
+from moe.files import read_json
 from moe.report import imbalance, sweep_figures, sweep_html
 from moe.report.document import image
 from moe.report.results import Spread, load_results, unfair
@@ -364,7 +365,7 @@ def test_thinned_results_gain_runs_of_the_same_sweep_only(tmp_path):
   for name in ('first', 'second'):
     assert thin(tmp_path / name, tmp_path / 'small').returncode == 0
   assert len(load_results(tmp_path / 'small').members) == 2 * len(fake_sweep.VARIANTS)
-  description = json.loads((tmp_path / 'second' / manifest.FILE).read_text())
+  description = read_json(tmp_path / 'second' / manifest.FILE)
   description['base']['train']['batch_size'] = 16
   (tmp_path / 'second' / manifest.FILE).write_text(json.dumps(description))
   done = thin(tmp_path / 'second', tmp_path / 'small')

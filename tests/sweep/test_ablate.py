@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from processes import environment
 
+from moe.files import read_json
 from moe.sweep import jobs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -55,6 +56,7 @@ def table(workdir):
 DEFINITIONS = f"""
 import runpy
 from moe.sweep.variants import chain, named
+from moe.files import read_json
 declared = runpy.run_path({str(ROOT / 'configs/sweeps/declared.py')!r})
 SCALES, bad = declared['SCALES'], named({{'bad': {{'data.paths': '/no/such/text'}}}})
 SWEEPS = {{'balance': lambda: chain(declared['SWEEPS']['balance'](), bad)}}
@@ -154,7 +156,7 @@ def test_kill_9_and_again_gives_the_same_table_and_repeats_no_finished_run(finis
 
 def test_seeds_that_the_folder_had_before_are_run_no_further(finished, corpus, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'more')
-  description = json.loads((workdir / 'sweep.json').read_text())
+  description = read_json(workdir / 'sweep.json')
   (workdir / 'sweep.json').write_text(json.dumps(description | {'seeds': [0, 1]}))
   result = ablate(*smoke(corpus, workdir), '--seeds=0')
   assert result.returncode == 0, result.stderr

@@ -1,0 +1,37 @@
+"""A seeded sample of `tests/fuzz.py`, which runs many more."""
+
+import numpy as np
+import pytest
+from fuzz import KINDS, Subjects, damage
+
+COUNTS = {'report': 40, 'load': 12, 'train': 5, 'sweep': 20, 'import': 12}
+
+
+@pytest.fixture(scope='module')
+def subjects(tmp_path_factory):
+  return Subjects(tmp_path_factory.mktemp('fuzz') / 'subjects')
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_damage_gives_the_same_numbers_or_one_line(subjects, name):
+  found = [subjects.outcome(name, np.random.default_rng((7, number))) for number in range(COUNTS[name])]
+  assert [what for kind, what in found if kind == 'FAULT'] == []
+  assert any(kind == 'refused' for kind, _ in found), 'or nothing is noticed'
+
+
+def test_a_fault_would_be_found(subjects, monkeypatch):
+  """The same with what makes other numbers, a traceback or a long line."""
+  for fault in (lambda _: 'other', lambda _: 1 / 0):
+    monkeypatch.setitem(subjects.actions, 'report', ('run', fault))
+    assert subjects.outcome('report', np.random.default_rng(0))[0] == 'FAULT'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_changes_a_file(kind, tmp_path, monkeypatch):
+  (tmp_path / 'a.json').write_text('{"a": [1, 2], "b": {"c": "text"}}\n')
+  (tmp_path / 'b').write_bytes(b'\3\4')
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  monkeypatch.setattr('fuzz.KINDS', {kind: KINDS[kind]})
+  assert damage(tmp_path, np.random.default_rng(1)).startswith(kind)
+  after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and not path.is_symlink()}
+  assert after != before
