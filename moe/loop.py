@@ -58,11 +58,16 @@ def train(config: Config, workdir: str, command: str = '') -> dict | None:
     rows = prepare.pack_splits(corpus, tokenizer, config.data)
     with run_dir.owned(path, config, say), _stop_on_signal() as stop:
       if jax.process_index() == 0:
-        for line in [*tokenizer.remarks, *prepare.describe(path, corpus, tokenizer, rows, config.data)]:
-          say(line)
+        _describe_data(path, corpus, tokenizer, rows, config.data)
       with contextlib.closing(Run(config, path, device_mesh, rows, tokenizer, stop)) as run:
         run.describe(command or run_dir.command_line())
         return run.finish() if run.train() else None
+
+
+def _describe_data(path: pathlib.Path, corpus, tokenizer, rows: dict, data):
+  """Writes down what text a run has, or refuses other text than it began with; says so."""
+  for line in [*tokenizer.remarks, *prepare.describe(path, corpus, tokenizer, rows, data)]:
+    say(line)
 
 
 def use_compilation_cache(config: Config) -> None:
