@@ -36,15 +36,17 @@ def print_summary(summary: dict) -> None:
   """The run's result in a few lines."""
   mfu = f', {summary["mfu"]:.1%} MFU' if summary['mfu'] else ''
   lost = summary.get('tokenizer_loses')
-  remark = f'; not comparable: the tokenizer loses text ({lost:.0%} of a sample)' if lost else ''
+  note = ', not comparable' if lost else ''
   print(
     f'validation {summary["val_bits_per_byte"]:.3f} bits/byte '
-    f'(byte trigram {summary["trigram_bits_per_byte"]:.3f}, gzip {summary["gzip_bits_per_byte"]:.3f}){remark}\n'
+    f'(byte trigram {summary["trigram_bits_per_byte"]:.3f}, gzip {summary["gzip_bits_per_byte"]:.3f}{note})\n'
     f'MaxVio_global {summary["max_vio_global"]:.3f} (bias rule {summary["bias_rule"]}, auxiliary loss '
     f'{summary["aux_loss"]}; a balanced random router would show {summary["max_vio_noise_floor"]:.3f})\n'
     f'{summary["tokens"]:,} tokens in {summary["train_s"]:.0f} s, {summary["tokens_per_s"]:,.0f} tokens/s{mfu}\n'
     f'report: {WORKDIR.value}/report.html'
   )
+  if lost:
+    print(f'the tokenizer loses text ({lost:.0%} of a sample): its bits/byte compare with no other figure')
 
 
 if __name__ == '__main__':
