@@ -19,7 +19,7 @@ setup(
     'jax>=0.10.2',
     'flax>=0.12',
     'optax>=0.2.5',
-    'orbax-checkpoint>=0.11',
+    'orbax-checkpoint>=0.11.20',
     'tensorstore>=0.1.60',  # Orbax's files, a slice at a time
     'ml-collections>=1.0',
     'absl-py>=2.1',
@@ -27,7 +27,7 @@ setup(
     'scipy>=1.13',  # significance in the reports of sweeps
     'grain>=0.2.10',  # batches
     'tokenizers>=0.20',  # BPE and tokenizer.json
-    'safetensors>=0.5',  # Hugging Face interchange
+    'safetensors>=0.8',  # F8_E8M0; Hugging Face interchange
     'tqdm>=4.66',  # progress
     'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
     'matplotlib>=3.9',  # report

@@ -67,7 +67,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     (tmp_path / 'huge', 'at most'),
     (tmp_path / 'missing', 'No such file'),
     (tmp_path / ('x' * 300), 'File name too long'),
-    (tmp_path / 'nul\0', 'null byte'),
+    (tmp_path / 'nul\0', 'null (byte|character)'),
   ):
     with pytest.raises(UserError, match=why):
       read_json(path)

@@ -17,7 +17,7 @@ import pytest
 from absl import flags
 from processes import environment
 
-from moe import loop
+from moe import digests, loop
 from moe.checkpoint import Checkpoints
 from moe.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from moe.data.tokenizer import ByteTokenizer
@@ -179,6 +179,7 @@ def test_what_a_folder_says(run, folder, tmp_path):
 def with_fields(folder, target, **fields):
   """A copy of the folder with another config.json."""
   shutil.copytree(folder, target)
+  (target / digests.FILE).unlink()
   file = target / 'config.json'
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
   return target

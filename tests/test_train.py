@@ -248,7 +248,8 @@ def test_a_signal_in_the_final_evaluation_or_the_sample_stops_it(finished, corpu
       return 'cut short'
 
     patched.setattr(loop, 'continuation', continuation)
-    stopping(patched, after=batches + 1)
+    sampled = -(-config(corpus).train.eval_sequences // 16)
+    stopping(patched, after=batches + sampled + 1)
     assert loop.train(config(corpus, **SAMPLED), str(copy)) is None
     assert told == [False, True]
   assert (copy / 'sample.txt').read_text() == (finished / 'sample.txt').read_text()

@@ -51,7 +51,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
   Raises:
     UserError: not a DeepSeek-V3 checkpoint, or one of its tensors is unknown, missing, misshapen or damaged.
   """
-  digests.check(folder)
   file = folder / 'config.json'
   model, remarks = hf_config.from_hf(hf_config.read(folder), file), []
   stored = {name: one for name, one in shards.open_folder(folder).items() if not name.endswith(ROTARY)}
@@ -76,6 +75,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
   for tensor in copies:
     if tensor.name in present:
       _check_copy(stored, tensor, expected[tensor.name])
+  digests.check(folder)
   return Checkpoint(folder, model, stored, remarks)
 
 

@@ -200,6 +200,7 @@ PACKED, SCALE = np.ones((6, 16), np.uint8), np.ones((6, 1), np.uint8)
 def test_mxfp4_is_accounted_for(changes, what, tiny_model, tmp_path):
   config = Config(model=dataclasses.replace(tiny_model, d_model=32, mtp_depth=0))
   to_hf.export_run(make_run(tmp_path / 'run', config, random_arrays(config)), tmp_path / 'hf')
+  (tmp_path / 'hf' / digests.FILE).unlink()
   (file,) = (tmp_path / 'hf').glob('*.safetensors')
   tensors = load_file(file)
   del tensors[UP]

@@ -110,7 +110,13 @@ def test_killed_import_goes_on(when, run, tiny_model, tmp_path, monkeypatch):
   assert step == 0
   for name, value in random_arrays(Config(model=tiny_model)).items():
     np.testing.assert_array_equal(found[name], value)
-  assert sorted(path.name for path in target.iterdir()) == ['checkpoints', 'config.json', 'config.py', 'hf']
+  assert sorted(path.name for path in target.iterdir()) == [
+    'checkpoints',
+    'config.json',
+    'config.py',
+    'digests.json',
+    'hf',
+  ]
   assert [path.name for path in (target / 'checkpoints').iterdir()] == ['0']
   assert not partial.exists()
 

@@ -18,7 +18,7 @@ from our_runs import make_run, random_arrays, read_hf, read_run
 from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
-from moe import state
+from moe import digests, state
 from moe.checkpoint import flatten, restore_weights
 from moe.config import BalanceConfig, Config, ModelConfig, from_config_dict
 from moe.data.tokenizer import load_saved
@@ -133,7 +133,7 @@ def test_mtp_copies_and_their_absence(tiny_model, tmp_path, mesh_of):
 
 def rewrite(folder, tensors):
   """Leaves one file with these tensors in `folder`."""
-  for file in folder.glob('*.safetensors*'):
+  for file in (folder / digests.FILE, *folder.glob('*.safetensors*')):
     file.unlink()
   save_file(tensors, folder / shards.SINGLE)
 

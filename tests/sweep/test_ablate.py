@@ -168,7 +168,7 @@ def test_seeds_that_the_folder_had_before_are_run_no_further(finished, corpus, t
   [
     (['--sweep=balanse'], "--sweep = 'balanse' must be one of balance, gamma"),
     (['--report_only'], 'is no results folder of a sweep'),
-    (['--jobs=-1'], 'must be 0 or above'),
+    (['--jobs=-1'], 'must be 0 to 10000'),
     (['extra'], "unexpected argument 'extra'"),
   ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from moe.config import Config
 from moe.errors import UserError
+from moe.files import read_json
 from moe.state import count_parameters
 from moe.sweep import declared, manifest
 from moe.sweep.variants import axis, named, overlay
@@ -107,7 +108,7 @@ def test_another_cache_is_no_other_sweep(tmp_path):
 
 
 def damaged(file, change):
-  content = json.loads(file.read_text())
+  content = read_json(file)
   change(content)
   file.write_text(json.dumps(content))
 
