@@ -82,7 +82,7 @@ class BalanceConfig:
   gamma_final_fraction: float = 0.0  # to this fraction of it
   smebu_kappa: float = 2.0  # slope inside SMEBU's tanh (arXiv 2602.17004)
   smebu_beta: float = 0.5  # SMEBU's momentum
-  quantile_ema: float = 0.0  # share of its old value that the quantile rule's bias keeps at each step
+  quantile_ema: float = 0.0  # share of its old value that the quantile rule's bias keeps a step; more as gamma falls
   aux_loss: str = 'none'  # one of moe.validation.AUX_LOSSES
   aux_alpha: float = 0.001  # weight of the auxiliary loss (1e-4 for sequence in V3)
   aux_scope: str = 'microbatch'  # microbatch | global_batch: tokens whose counts the Switch loss sees

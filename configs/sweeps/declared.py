@@ -76,9 +76,10 @@ def scope() -> list[Variant]:
 
 
 def quantile() -> list[Variant]:
-  """The quantile rule with more and more of the old bias kept at each step, against the sign rule."""
-  kept = {f'quantile_ema={ema}': bias('quantile') | {'balance.quantile_ema': ema} for ema in (0.0, 0.9, 0.99)}
-  return named({'sign': bias('sign')} | kept)
+  """The quantile rule, slowed down with gamma or by a constant share of the old bias, against the sign rule."""
+  constant = bias('quantile') | {'balance.gamma_decay_fraction': 0.0}
+  kept = {f'quantile_ema={ema}': constant | {'balance.quantile_ema': ema} for ema in (0.0, 0.9, 0.99)}
+  return named({'sign': bias('sign'), 'quantile_falling': bias('quantile')} | kept)
 
 
 def gate() -> list[Variant]:

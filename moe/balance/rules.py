@@ -52,16 +52,14 @@ def update(state: dict, load_LE: jax.Array, margins: jax.Array, gamma: jax.Array
     state: as made by `init` or `start`.
     load_LE: int32 assignments per router and expert over the whole batch.
     margins: int32 [L, E, MARGIN_BINS] histogram for the quantile rule (`margin_histogram`), else unused.
-    gamma: float32 speed of this step; 0 leaves the bias as it is under every rule.
+    gamma: float32 speed of this step, at most balance.gamma; 0 leaves the bias as it is under every rule.
     balance: bias_rule and its constants.
   """
   bias_LE = state['bias_LE']
   if balance.bias_rule == 'none':
     return state
   if balance.bias_rule == 'quantile':
-    kept = balance.quantile_ema
-    proposal_LE = kept * bias_LE + (1 - kept) * _quantile_bias(load_LE, margins)
-    return {'bias_LE': jnp.where((gamma > 0) & (load_LE.sum(-1, keepdims=True) > 0), proposal_LE, bias_LE)}
+    return {'bias_LE': _quantile(bias_LE, load_LE, margins, gamma, balance)}
   gap_LE = _gap(load_LE)
   if balance.bias_rule == 'smebu':
     return _smebu(state, gap_LE / jnp.maximum(_mean(load_LE), 1), gamma, balance)
@@ -135,6 +133,13 @@ def margin_histogram(scores_TE: jax.Array, bias_E: jax.Array, mask_T: jax.Array,
   ones_TE = jnp.broadcast_to(mask_T[:, None], bin_TE.shape).astype(jnp.int32)
   total = scores_TE.shape[1] * MARGIN_BINS
   return jax.ops.segment_sum(ones_TE.reshape(-1), bin_TE.reshape(-1), total).reshape(-1, MARGIN_BINS)
+
+
+def _quantile(bias_LE, load_LE, margins, gamma, balance):
+  """A moving average of `_quantile_bias`, in which a batch weighs 1 - quantile_ema, and less as gamma falls."""
+  share = (1 - balance.quantile_ema) * (gamma / max(balance.gamma, 1e-30))
+  new_LE = (1 - share) * bias_LE + share * _quantile_bias(load_LE, margins)
+  return jnp.where((gamma > 0) & (load_LE.sum(-1, keepdims=True) > 0), new_LE, bias_LE)
 
 
 def _quantile_bias(load_LE, margins):

@@ -24,8 +24,8 @@ def compiled(balance):
   return jax.jit(lambda state, load_LE, margins, gamma: rules.update(state, load_LE, margins, gamma, balance))
 
 
-def step(rule, load_LE, state=None, gamma=0.5, margins=NO_MARGINS, **constants):
-  balance = BalanceConfig(bias_rule=rule, **constants)
+def step(rule, load_LE, state=None, gamma=0.5, margins=NO_MARGINS, fastest=None, **constants):
+  balance = BalanceConfig(bias_rule=rule, gamma=fastest or gamma, **constants)
   state = rules.init(balance, *load_LE.shape) if state is None else state
   return compiled(balance)(state, jnp.asarray(load_LE), jnp.asarray(margins), jnp.float32(gamma))
 
@@ -214,8 +214,13 @@ def test_quantile_ema_goes_part_of_the_way():
   start = {'bias_LE': jnp.asarray(np.linspace(-0.1, 0.1, E, dtype=np.float32)[None])}
   margins, load_LE = margins_of(scores, start['bias_LE'][0])[None], choose(scores)
   whole = np.asarray(step('quantile', load_LE, start, 0.1, margins)['bias_LE'], np.float64)
-  part = step('quantile', load_LE, start, 0.1, margins, quantile_ema=0.75)['bias_LE']
-  np.testing.assert_allclose(part, 0.75 * np.asarray(start['bias_LE'], np.float64) + 0.25 * whole, rtol=1e-5, atol=1e-8)
+  quarter = 0.75 * np.asarray(start['bias_LE'], np.float64) + 0.25 * whole
+  for part in (
+    step('quantile', load_LE, start, 0.1, margins, quantile_ema=0.75),
+    step('quantile', load_LE, start, 0.025, margins, fastest=0.1),  # gamma has fallen to a quarter
+    step('quantile', load_LE, start, 0.05, margins, fastest=0.1, quantile_ema=0.5),
+  ):
+    np.testing.assert_allclose(part['bias_LE'], quarter, rtol=1e-5, atol=1e-8)
 
 
 def test_quantile_evens_out_the_same_tokens():
