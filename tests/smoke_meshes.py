@@ -10,11 +10,13 @@ it. The exit status is 1 if anything died, failed or was off.
 
 import argparse
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
@@ -31,7 +33,7 @@ from moe.mesh import make_mesh, platform_of, setup_devices
 from moe.step import make_eval_step, resolve
 
 PRECISIONS = {
-  'float32': PrecisionConfig(compute='float32', matmul='highest'),
+  'float32': PrecisionConfig(),
   'bfloat16': PrecisionConfig(compute='bfloat16'),
   'fp8': PrecisionConfig(compute='bfloat16', fp8='experts,ffn'),
 }
@@ -143,6 +145,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--cpu_devices', type=int, default=0, help='virtual CPU devices; 0: what JAX finds')
   parser.add_argument('--devices', type=int, default=0, help='of the mesh; 0: all')
+  parser.add_argument('--parallel', type=int, default=1, help='meshes at a time')
   parser.add_argument('--mesh', default='', help='run here, alone, and print JSON')
   parser.add_argument('--jobs', default=','.join(JOBS), help='some of: ' + ', '.join(JOBS))
   flags = parser.parse_args()
@@ -154,14 +157,16 @@ def main():
   count = [sys.executable, '-c', 'import jax; print(len(jax.devices()))']
   devices = flags.devices or flags.cpu_devices or int(subprocess.run(count, stdout=subprocess.PIPE, check=True).stdout)
   print(f'jax {jax.__version__}, {devices} devices', flush=True)
-  bad, one = 0, {}
-  for mesh in meshes(devices) if devices > 1 else ['one device']:
-    found = collect(mesh, flags.cpu_devices, devices, jobs)
-    for job, row in found.items():
-      text, good = difference(job, row, one.get(job, {}))
-      bad += not good
-      print(f'{mesh:20} {job:18} {"ok " if good else "BAD"} {row["s"]:5.1f} s  {text}', flush=True)
-    one = one or found
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # the models are small, and several share the devices
+  bad, one, names = 0, {}, list(meshes(devices) if devices > 1 else ['one device'])
+  with ThreadPoolExecutor(flags.parallel) as pool:
+    of_meshes = pool.map(lambda mesh: collect(mesh, flags.cpu_devices, devices, jobs), names)
+    for mesh, found in zip(names, of_meshes, strict=True):
+      for job, row in found.items():
+        text, good = difference(job, row, one.get(job, {}))
+        bad += not good
+        print(f'{mesh:20} {job:18} {"ok " if good else "BAD"} {row["s"]:5.1f} s  {text}', flush=True)
+      one = one or found
   print(f'{bad} bad' if bad else 'all good')
   sys.exit(bool(bad))
 
