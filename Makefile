@@ -12,8 +12,8 @@ PIP_INSTALL = install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 INSTALLED := $(VENV)/installed-$(VERSION)
 TORCH_INSTALLED := .venv-torch/installed-$(VERSION)
 # What depends on jax, numpy and Python most; not what starts many processes, draws pages or lowers V3.
-FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/test_checkpoint.py tests/test_empty_arrays.py \
-  tests/test_step.py
+FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/train/test_checkpoint.py tests/train/test_empty_arrays.py \
+  tests/train/test_step.py
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
 
 .PHONY: demo test test-fast test-live lint constraints versions clean

@@ -17,7 +17,7 @@ from absl import flags
 
 from moe import cli
 from moe.errors import UserError
-from moe.paths import local_path
+from moe.files.paths import local_path
 from moe.report.sweep import write_sweep_report
 from moe.sweep import backends, declared, jobs, manifest
 

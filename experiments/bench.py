@@ -45,9 +45,9 @@ from moe.bench import speculate as speculate_suite
 from moe.bench import step as step_suite
 from moe.config import Config, MeshConfig, from_config_dict
 from moe.errors import UserError
+from moe.files.paths import local_path
 from moe.inference.load import load
-from moe.mesh import make_mesh, platform_of, setup_devices
-from moe.paths import local_path
+from moe.parallel.mesh import make_mesh, platform_of, setup_devices
 
 SUITES = ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate', 'speculate')
 SUITE = flags.DEFINE_enum('suite', 'gemm', SUITES, 'What to measure.')

@@ -13,7 +13,7 @@ from absl import flags
 
 from moe import cli
 from moe.errors import UserError
-from moe.paths import local_path
+from moe.files.paths import local_path
 from moe.report import compare
 from moe.report.run import load_run
 

@@ -18,8 +18,8 @@ from absl import flags
 
 from moe import cli
 from moe.errors import UserError
+from moe.files.paths import local_path
 from moe.interop import from_hf, to_hf
-from moe.paths import local_path
 
 CONFIG = cli.define_config('default.py')  # its mesh is for --from_hf
 RUN = flags.DEFINE_string('run', None, 'Run directory: the source of --to_hf, made by --from_hf.')

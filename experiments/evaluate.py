@@ -18,14 +18,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its 
 
 from absl import flags
 
-from moe import cli, evaluate
+from moe import cli
 from moe.data.batches import pack
 from moe.data.corpus import load_corpus
 from moe.errors import UserError
 from moe.inference import flags as model_flags
 from moe.inference import quantize
-from moe.state import TrainState
-from moe.step import make_eval_step
+from moe.train import evaluate
+from moe.train.state import TrainState
+from moe.train.step import make_eval_step
 
 flags.adopt_module_key_flags(model_flags)
 PATHS = flags.DEFINE_string(

@@ -27,7 +27,7 @@ from moe.inference import flags as model_flags
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.text import TextStream
-from moe.mesh import platform_of
+from moe.parallel.mesh import platform_of
 
 flags.adopt_module_key_flags(model_flags)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')

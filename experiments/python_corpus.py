@@ -21,8 +21,8 @@ from absl import flags
 from moe import cli
 from moe.data.corpus import text_problem
 from moe.errors import UserError
-from moe.folder import new_folder
-from moe.paths import local_path
+from moe.files.folder import new_folder
+from moe.files.paths import local_path
 
 WHEELS = flags.DEFINE_string('wheels', None, 'Folder of wheels.')
 OUT = flags.DEFINE_string('out', None, 'Folder to write, which must not exist yet.')

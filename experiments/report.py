@@ -11,8 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 
 from moe import cli
 from moe.errors import UserError
-from moe.paths import local_path
-from moe.report.run import write_report
+from moe.files.paths import local_path
+from moe.report.html import write_report
 from moe.report.sweep import write_sweep_report
 from moe.sweep import manifest
 

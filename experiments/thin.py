@@ -16,10 +16,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 
 from absl import flags
 
-from moe import cli, load_history
+from moe import cli
+from moe.balance import load_history
 from moe.errors import UserError
 from moe.files import write_atomically, write_json
-from moe.paths import local_path
+from moe.files.paths import local_path
 from moe.report.run import load_run, summarize
 from moe.sweep import jobs, manifest
 

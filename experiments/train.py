@@ -15,7 +15,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's notices are for its 
 
 from absl import flags
 
-from moe import cli, loop
+from moe import cli
+from moe.commands import run as whole
 from moe.errors import UserError
 
 CONFIG = cli.define_config('tiny.py')
@@ -27,7 +28,7 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; settings look like --config.train.steps=500')
   if not WORKDIR.value:
     raise UserError('--workdir is missing; give the directory for the run, such as --workdir=runs/tiny')
-  summary = loop.train(CONFIG(), WORKDIR.value)
+  summary = whole.train(CONFIG(), WORKDIR.value)
   if summary:
     print_summary(summary)
 

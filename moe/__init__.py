@@ -1,7 +1,7 @@
 """Loss-free balanced mixture-of-experts language models in JAX.
 
 Names of arrays end in their logical axes, one letter each (`x_TD`, `w_up_eDF`); the same letters decide how a
-parameter is sharded (`moe/sharding.py`). The legend:
+parameter is sharded (`moe/parallel/sharding.py`). The legend:
 
     B  batch (sequences)                 H  attention heads
     S  sequence (positions)              A  query latent rank

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from moe.config import KINDS, Config, from_config_dict, nearest, parsed
 from moe.errors import UserError, one_line
-from moe.paths import local_path, refuse_address, run_python, users_code
+from moe.files.paths import local_path, refuse_address, run_python, users_code
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 HELP = re.compile('--?help(short|full|xml)?')

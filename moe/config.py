@@ -158,7 +158,7 @@ class PrecisionConfig:
 class MeshConfig:
   """Device mesh (pipe, data, expert, tensor). Axis sizes of 0 take the preset's."""
 
-  preset: str = 'local'  # local | h20x16 | h20x16_ep | h20x16_serve (moe/mesh.py)
+  preset: str = 'local'  # local | h20x16 | h20x16_ep | h20x16_serve (moe/parallel/mesh.py)
   pipe: int = 0  # pipeline stages
   data: int = 0  # batch shards that hold copies of all experts
   expert: int = 0  # batch shards that hold different experts

@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from moe.errors import UserError
-from moe.paths import refuse_address
+from moe.files.paths import refuse_address
 
 if TYPE_CHECKING:
   from moe.config import Config, ModelConfig

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from moe.config import ModelConfig
-from moe.mesh import AXES
+from moe.parallel.mesh import AXES
 
 DEVICES = 16
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree' / 'tests-xla'

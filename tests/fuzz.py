@@ -28,8 +28,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe import loop
-from moe.checkpoint import flatten
+from moe.commands import run as whole
 from moe.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moe.errors import UserError
 from moe.inference import load
@@ -39,6 +38,7 @@ from moe.report.run import load_run, summarize
 from moe.report.sweep import table_rows
 from moe.sweep import manifest
 from moe.sweep.variants import named
+from moe.train.checkpoint import flatten
 
 LIMIT_S, LINE = 60, 400
 STEPS = 6
@@ -71,7 +71,7 @@ class Subjects:
     self.text.mkdir(parents=True)
     for i in range(12):
       (self.text / f'{i}.txt').write_text(' '.join(f'number {n * n % 997} of {i}' for n in range(60)))
-    loop.train(config(self.text), str(folder / 'run'))
+    whole.train(config(self.text), str(folder / 'run'))
     self.losses = {row['step']: row['loss'] for row in load_run(folder / 'run').rows}
     to_hf.export_run(folder / 'run', folder / 'hf', 'float32')
     manifest.open_folder(folder / 'sweep', manifest.make('fuzz', 'tiny', config(self.text), named({'sign': {}}), (0,)))
@@ -95,7 +95,7 @@ class Subjects:
 
   def _train(self, run):
     """The same command again. A run that goes back to an earlier checkpoint trains on to the same end."""
-    loop.train(config(self.text), str(run))
+    whole.train(config(self.text), str(run))
     found = load_run(run)
     state = load.load(run, MeshConfig(), 'float32')
     losses = {row['step']: row['loss'] for row in found.rows}

@@ -2,7 +2,7 @@
 
 import jax
 
-from moe.mesh import abstract_mesh
+from moe.parallel.mesh import abstract_mesh
 
 
 def lower_for_gpu(function, *args, shape=(1, 1, 1, 1)):

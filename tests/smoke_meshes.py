@@ -23,14 +23,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs fro
 import jax
 import numpy as np
 
-from moe import state
 from moe.bench.step import Training, random_tokens
 from moe.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig
 from moe.inference import generate, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
-from moe.mesh import make_mesh, platform_of, setup_devices
-from moe.step import make_eval_step, resolve
+from moe.parallel.mesh import make_mesh, platform_of, setup_devices
+from moe.train import state
+from moe.train.step import make_eval_step, resolve
 
 PRECISIONS = {
   'float32': PrecisionConfig(),

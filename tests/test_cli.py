@@ -15,7 +15,7 @@ from absl import flags
 from moe import cli
 from moe.config import KINDS, Config
 from moe.errors import MOST_CHARACTERS, UserError, one_line
-from moe.paths import local_path
+from moe.files.paths import local_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 

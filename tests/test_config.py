@@ -7,9 +7,9 @@ import re
 import ml_collections
 import pytest
 
-from moe import mesh as meshes
 from moe.config import Config, DataConfig, MeshConfig, ModelConfig, from_config_dict, to_config_dict
 from moe.errors import MOST_CHARACTERS, UserError, one_line
+from moe.parallel import mesh as meshes
 from moe.validation import profile_range
 
 

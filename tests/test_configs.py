@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe import mesh, state, step
 from moe.config import Config, from_config_dict
 from moe.model import transformer
+from moe.parallel import mesh
+from moe.train import state, step
 from moe.validation import parameters
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 from test_configs import load
 
-from moe import mesh, state, step
+from moe.parallel import mesh
+from moe.train import state, step
 
 
 class Collective(NamedTuple):

@@ -9,7 +9,7 @@ from jax import lax
 
 from moe.balance.stats import RouterStats
 from moe.config import Config
-from moe.mesh import BATCH_AXES
+from moe.parallel.mesh import BATCH_AXES
 
 
 def auxiliary(stats: RouterStats, tokens_L: jax.Array, earlier_load_LE: jax.Array, config: Config):

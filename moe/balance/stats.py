@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.balance.routing import Routing, count
 from moe.balance.rules import margin_histogram
 from moe.config import Config
-from moe.model.router import Routing, count
 
 
 class RouterStats(NamedTuple):

@@ -10,15 +10,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import state
 from moe.bench import peers, rows, timing
-from moe.checkpoint import flatten
 from moe.config import Config, DataConfig, MeshConfig, TrainConfig
 from moe.inference import generate, quantize, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
-from moe.mesh import make_mesh, platform_of
-from moe.step import resolve
+from moe.parallel.mesh import make_mesh, platform_of
+from moe.train import state
+from moe.train.checkpoint import flatten
+from moe.train.step import resolve
 
 PROMPT, NEW, BATCHES = 128, 128, (1, 32)
 

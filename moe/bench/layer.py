@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe.bench import peers, profile, rows, timing
 from moe.config import Config, ModelConfig, PrecisionConfig
-from moe.mesh import make_mesh, platform_of
 from moe.model import layer as layers
 from moe.model.parameters import Init, is_float32
-from moe.step import resolve
+from moe.parallel.mesh import make_mesh, platform_of
+from moe.train.step import resolve
 
 FP8 = 'experts,ffn'
 CHECKED = 128  # tokens that are compared with the reference

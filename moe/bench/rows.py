@@ -10,7 +10,7 @@ import numpy as np
 from moe.bench import profile
 from moe.bench.timing import say
 from moe.files import write_atomically
-from moe.paths import local_path
+from moe.files.paths import local_path
 
 PEERS = ('torch', 'Hugging Face')
 

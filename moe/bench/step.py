@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moe import flops, state
 from moe.bench import layer, peers, profile, rows, timing
 from moe.config import Config, ModelConfig, PrecisionConfig
-from moe.mesh import make_mesh, platform_of
-from moe.step import BATCH_SPEC, make_train_step, resolve
+from moe.model import flops
+from moe.parallel.mesh import make_mesh, platform_of
+from moe.train import state
+from moe.train.step import BATCH_SPEC, make_train_step, resolve
 
 OURS, OURS_FP8 = 'ours', 'ours fp8'
 CONTENDERS = (OURS, OURS_FP8, peers.NAME)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from moe.config import DataConfig
@@ -30,6 +31,13 @@ def cache_dir(data: DataConfig) -> Path | None:
   except OSError:
     return None
   return path if os.access(path, os.W_OK | os.X_OK) else None
+
+
+def use_compilation_cache(data: DataConfig) -> None:
+  """Keeps compiled programs on disk, unless JAX's own setting already says where, or there is no cache."""
+  folder = cache_dir(data)
+  if folder and not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'xla'))
 
 
 def cached(

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moe import digests
 from moe.errors import UserError, short
-from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, replacing
+from moe.files import MAX_JSON_BYTES, digests, parse_json, read_bytes, replacing
 
 KEPT = 'hf'
 CONFIG, GENERATION, TOKENIZER = 'config.json', 'generation_config.json', 'tokenizer_config.json'

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from moe import digests
 from moe.config import DataConfig
 from moe.data import baselines, folder_tokens
 from moe.data.batches import Rows, pack
@@ -19,7 +18,7 @@ from moe.data.corpus import Corpus
 from moe.data.documents import Document
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
-from moe.files import read_bytes, read_json, write_json
+from moe.files import digests, read_bytes, read_json, write_json
 
 COSTS = ('trigram_bits_per_byte', 'gzip_bits_per_byte')
 TYPES = {'digest': str, 'corpus': str, 'tokenizer': str, 'tokenizer_digest': str, 'train_bytes': int, 'val_bytes': int}

@@ -8,10 +8,10 @@ import sys
 from absl import flags
 
 from moe.config import MeshConfig
+from moe.data.cached import use_compilation_cache
 from moe.errors import UserError
+from moe.files.paths import local_path
 from moe.inference import load
-from moe.loop import use_compilation_cache
-from moe.paths import local_path
 
 CHECKPOINT = flags.DEFINE_string('checkpoint', None, 'Run directory, or folder of a Hugging Face checkpoint.')
 TOKENIZER = flags.DEFINE_string('tokenizer', '', 'byte, or a tokenizer.json; that of the checkpoint if not given.')
@@ -32,5 +32,5 @@ def load_model(quantized: bool = False) -> load.Model:
   model = load.load(local_path(CHECKPOINT.value, '--checkpoint'), mesh, DTYPE.value, quantized, TOKENIZER.value)
   for remark in model.remarks:
     print(remark, file=sys.stderr)
-  use_compilation_cache(model.config)
+  use_compilation_cache(model.config.data)
   return model

@@ -4,8 +4,8 @@ MLA caches the latent and the rotary key, C + R numbers per token and layer, and
 up-projections into queries and outputs instead ("absorbed"; arXiv 2405.04434, section 2.1.2): a prompt's chunk, a
 decoded token and a few drafted ones take the same path. Plain attention caches keys and values.
 
-Everything runs inside `jax.shard_map` over the mesh of `moe.mesh`, as training does: heads, hidden width and vocabulary
-are sharded over `tensor`, sequences over (`data`, `expert`), experts over `expert`.
+Everything runs inside `jax.shard_map` over the mesh of `moe.parallel.mesh`, as training does: heads, hidden width and
+vocabulary are sharded over `tensor`, sequences over (`data`, `expert`), experts over `expert`.
 """
 
 from typing import NamedTuple
@@ -17,16 +17,17 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, ModelConfig
 from moe.inference.quantize import is_quantized
-from moe.mesh import BATCH_AXES
 from moe.model import dispatch, transformer
 from moe.model.norm import LATENT_EPS, rms_norm
 from moe.model.rope import angles, softmax_scale, turn
 from moe.model.router import choose, route_logits
-from moe.ops import few_rows, grouped_matmul, latent_attention, latent_inputs_gpu, weights
-from moe.ops.add_norm import Stream, Sum, add_norm
+from moe.ops import grouped_matmul, weights
 from moe.ops.cross_entropy import mask_padding
-from moe.ops.latent_inputs_gpu import Inputs
+from moe.ops.decode import few_rows, latent_attention, latent_inputs_gpu
+from moe.ops.decode.add_norm import Stream, Sum, add_norm
+from moe.ops.decode.latent_inputs_gpu import Inputs
 from moe.ops.varying import align, vary, varying_axes
+from moe.parallel.mesh import BATCH_AXES
 
 # Rows, per expert and of a dense product, up to which kernels stream each matrix once rather than fill tensor cores.
 FEW, FEW_DENSE = 16, 64

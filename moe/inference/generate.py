@@ -22,7 +22,7 @@ from moe.inference import forward, steps
 from moe.inference.sampling import Sampling
 from moe.inference.steps import NO_TOKEN, Emitted, Settings, Slots
 from moe.inference.weights import prepare, specs
-from moe.mesh import BATCH_AXES
+from moe.parallel.mesh import BATCH_AXES
 
 
 class Completion(NamedTuple):
@@ -69,7 +69,7 @@ class Generator:
 
     Args:
       weights: from `weights.prepare`.
-      settings: its config has every 'auto' resolved (`moe.step.resolve`).
+      settings: its config has every 'auto' resolved (`moe.train.step.resolve`).
       mesh: of the weights.
       slots: sequences at a time; rounded up to a multiple of the mesh's batch shards.
       prompt_chunk: tokens of a prompt that run at a time.

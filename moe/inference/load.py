@@ -9,8 +9,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import sharding
-from moe.checkpoint import restore_weights
 from moe.config import Config, DataConfig, MeshConfig, PrecisionConfig
 from moe.data import folder_tokens
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
@@ -19,11 +17,13 @@ from moe.interop import hf_config
 from moe.interop import load as from_folder
 from moe.interop.load import open_checkpoint
 from moe.interop.run_sizes import check_layers
-from moe.mesh import make_mesh, mesh_shape, platform_of, setup_devices
 from moe.model import transformer
-from moe.run_dir import read_config
-from moe.state import TrainState
-from moe.step import resolve
+from moe.parallel import sharding
+from moe.parallel.mesh import make_mesh, mesh_shape, platform_of, setup_devices
+from moe.train.checkpoint import restore_weights
+from moe.train.run_dir import read_config
+from moe.train.state import TrainState
+from moe.train.step import resolve
 
 
 class Model(NamedTuple):

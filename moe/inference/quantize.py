@@ -29,7 +29,7 @@ from moe.errors import UserError
 from moe.model.parameters import is_float32
 from moe.model.transformer import abstract_params
 from moe.ops import weights
-from moe.sharding import LEGEND, place
+from moe.parallel.sharding import LEGEND, place
 
 SCHEMES = ('none', 'fp8', 'mxfp4')
 ABSORBED = 'w_key_CHN', 'w_value_CHU'  # multiplied into queries and outputs head by head, which no kernel does in FP8

@@ -10,11 +10,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import sharding
 from moe.config import Config
 from moe.inference.quantize import is_quantized, matrix_spec, quantize_params
 from moe.model.parameters import is_float32
 from moe.ops.varying import align
+from moe.parallel import sharding
 
 
 def prepare(params: dict, bias_LE: jax.Array, config: Config, mesh, scheme: str = 'none') -> dict:

@@ -10,17 +10,17 @@ import tokenizers
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import run_dir
-from moe.checkpoint import Checkpoints
 from moe.config import Config
 from moe.data import folder_tokens
 from moe.data.tokenizer import load_saved
 from moe.errors import UserError
 from moe.files import write_atomically
-from moe.folder import new_folder
+from moe.files.folder import new_folder
 from moe.interop.load import Checkpoint, load, open_checkpoint, specs
-from moe.mesh import make_mesh, setup_devices
-from moe.state import TrainState
+from moe.parallel.mesh import make_mesh, setup_devices
+from moe.train import run_dir
+from moe.train.checkpoint import Checkpoints
+from moe.train.state import TrainState
 
 
 def import_run(source: Path, run: Path, config: Config | None = None) -> list[str]:

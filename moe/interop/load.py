@@ -18,14 +18,15 @@ import tqdm
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import digests, sharding
-from moe.checkpoint import flatten
 from moe.config import Config, ModelConfig
 from moe.errors import UserError
+from moe.files import digests
 from moe.interop import formats, hf_config, names, shards
 from moe.model import transformer
 from moe.model.parameters import is_float32
 from moe.ops.weights import Fp8Weight, Mxfp4Weight
+from moe.parallel import sharding
+from moe.train.checkpoint import flatten
 
 ROWS = 4096  # compared at a time
 ROTARY = '.rotary_emb.inv_freq'  # frequencies, which follow from the config; some files hold them
@@ -113,7 +114,7 @@ def load(checkpoint: Checkpoint, mesh, specs: dict, dtype: str, quantized: bool 
   """The parameters on a mesh. In a run of several processes, each reads what its devices hold.
 
   Args:
-    mesh: of `moe.mesh`.
+    mesh: of `moe.parallel.mesh`.
     specs: nested dict as `transformer.abstract_params` with the PartitionSpec of each parameter, such as `specs` gives.
     dtype: 'float32' or 'bfloat16'; parameters that `is_float32` names are float32 in any case.
     quantized: leave the weights of feed-forwards and experts that the files hold in FP8 or MXFP4 as they are, as

@@ -1,6 +1,6 @@
 """The table of names: each tensor of a DeepSeek-V3 checkpoint, and the arrays of ours that it is made of.
 
-Ours are named by dotted path, as in `moe.checkpoint.flatten`; the router bias is 'bias_LE'. Rotary pairs are
+Ours are named by dotted path, as in `moe.train.checkpoint.flatten`; the router bias is 'bias_LE'. Rotary pairs are
 interleaved there as here, so no rows are permuted.
 """
 

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from moe.errors import UserError
 from moe.interop.names import View
-from moe.saved import Newest, check_files, read_meta
+from moe.train.saved import Newest, check_files, read_meta
 
 
 class RunWeights:

@@ -10,17 +10,17 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from moe import digests
 from moe.config import Config
 from moe.data import folder_tokens
 from moe.data.tokenizer import FILE, ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
-from moe.folder import LOCK, PLAN, new_folder
+from moe.files import digests
+from moe.files.folder import LOCK, PLAN, new_folder
 from moe.interop import formats, hf_config, names, shards
 from moe.interop.load import array_shapes
 from moe.interop.run_sizes import check_layers
 from moe.interop.run_weights import RunWeights
-from moe.run_dir import read_config
+from moe.train.run_dir import read_config
 
 
 def export_run(

@@ -5,34 +5,15 @@ with matmul precision HIGHEST: a rounding that differs between meshes would send
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.balance.routing import Routing, count
 from moe.config import ModelConfig
-from moe.ops import routing_gpu
+from moe.ops.decode import routing_gpu
 from moe.ops.varying import align
-
-
-class Routing(NamedTuple):
-  """Decisions for one shard's tokens.
-
-  expert_TK: int32 expert of each assignment.
-  weight_TK: float32 gate weight of each assignment, differentiable.
-  keep_TK: bool, False for assignments of masked tokens and those dropped over capacity.
-  load_E: int32 assignments per expert before dropping, unmasked tokens only; this shard's tokens only.
-  scores_TE: float32 scores before the bias, differentiable.
-  logits_TE: float32 router logits, differentiable.
-  """
-
-  expert_TK: jax.Array
-  weight_TK: jax.Array
-  keep_TK: jax.Array
-  load_E: jax.Array
-  scores_TE: jax.Array
-  logits_TE: jax.Array
 
 
 def route(
@@ -125,12 +106,6 @@ def select(biased_TE: jax.Array, config: ModelConfig) -> jax.Array:
     # -inf, not 0: a negative bias would let an expert of a closed group win over an open one.
     biased_TE = jnp.where(allowed_TG[:, :, None], biased_TGe, -jnp.inf).reshape(biased_TE.shape)
   return lax.top_k(biased_TE, config.top_k)[1]
-
-
-def count(expert_TK: jax.Array, keep_TK: jax.Array, num_experts: int) -> jax.Array:
-  """int32 kept assignments per expert."""
-  expert_M, keep_M = align(expert_TK.reshape(-1), keep_TK.reshape(-1).astype(jnp.int32))
-  return jax.ops.segment_sum(keep_M, expert_M, num_experts)
 
 
 def capacity(tokens: int, config: ModelConfig) -> int:

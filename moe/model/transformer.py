@@ -4,7 +4,7 @@
     stack   the MoE layers, scanned
     head    residual stream -> logits (and `mtp_hidden` for the multi-token-prediction modules)
 
-All run inside `jax.shard_map` over the mesh of `moe.mesh`; arrays are this shard's.
+All run inside `jax.shard_map` over the mesh of `moe.parallel.mesh`; arrays are this shard's.
 """
 
 import functools

@@ -4,7 +4,7 @@
     mxfp4   half a byte and 1/32: E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives) with one power of two per 32
             values along K (OCP Microscaling Formats v1.0, sections 5.3 and 6.3)
 
-Both hold inference weights: they have no gradient. `moe.ops.few_rows` multiplies with them as they are.
+Both hold inference weights: they have no gradient. `moe.ops.decode.few_rows` multiplies with them as they are.
 """
 
 from typing import NamedTuple

@@ -10,7 +10,6 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -23,9 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from moe.balance import metrics
 from moe.files import replacing
-
-if TYPE_CHECKING:
-  from moe.report.run import Run
+from moe.report.run import Run
 
 BLUE, ORANGE, GREEN, GREY = '#1f6feb', '#d9480f', '#2b8a3e', '#57606a'
 WIDTH_IN, HEIGHT_IN = 4.7, 3.1
@@ -35,7 +32,7 @@ NAMED_LAYERS = 6  # up to so many layers get a legend entry each, more get a col
 LAYER_COLORS = ListedColormap(matplotlib.colormaps['viridis'](np.linspace(0, 0.9, 256)))  # the lightest end is cut off
 
 
-def loss(run: 'Run') -> Figure | None:
+def loss(run: Run) -> Figure | None:
   """Training loss (raw and running mean) and validation loss, with the trigram and gzip baselines.
 
   Where the evaluations on the way were of a sample, its points are a curve and the whole text's stand apart.
@@ -61,7 +58,7 @@ def loss(run: 'Run') -> Figure | None:
   return figure
 
 
-def max_vio(run: 'Run') -> Figure | None:
+def max_vio(run: Run) -> Figure | None:
   """MaxVio of each layer's training batches, with the expected MaxVio of random balanced routing (dashed)."""
   if not run.load_history:
     return None
@@ -93,7 +90,7 @@ def max_vio(run: 'Run') -> Figure | None:
   return figure
 
 
-def heat_maps(run: 'Run') -> list[tuple[str, Figure]]:
+def heat_maps(run: Run) -> list[tuple[str, Figure]]:
   """(title, load / mean by layer and expert) of the first, middle and last logged batch and the last evaluation."""
   history = run.load_history
   picks = sorted({0, len(history) // 2, len(history) - 1}) if history else []
@@ -105,7 +102,7 @@ def heat_maps(run: 'Run') -> list[tuple[str, Figure]]:
   return [(title, _heat_map(run.layer_names, load_LE)) for title, load_LE in loads]
 
 
-def drop_rate(run: 'Run') -> Figure | None:
+def drop_rate(run: Run) -> Figure | None:
   """Share of the token copies dropped for capacity over time; None if none was."""
   steps, rates = run.series('drop_rate')
   if not rates.any():
@@ -117,7 +114,7 @@ def drop_rate(run: 'Run') -> Figure | None:
   return figure
 
 
-def throughput(run: 'Run') -> Figure | None:
+def throughput(run: Run) -> Figure | None:
   """Tokens per second over time with their median."""
   steps, rates = run.series('tokens_per_s')
   if not len(steps):
@@ -132,7 +129,7 @@ def throughput(run: 'Run') -> Figure | None:
   return figure
 
 
-def health(run: 'Run') -> list[tuple[str, Figure]]:
+def health(run: Run) -> list[tuple[str, Figure]]:
   """(title, figure) of the router bias range, gate entropy, gradient norm and learning rate, as far as logged."""
   figures = [('Router bias, lowest to highest', _bias_range(run))]
   for title, key, color in (

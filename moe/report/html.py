@@ -1,16 +1,29 @@
 """Lays a run out as one self-contained HTML page."""
 
+import os
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moe.files import write_atomically, write_json
 from moe.report import figures
 from moe.report.document import details, document, grid, image, section, table, text
-
-if TYPE_CHECKING:
-  from moe.report.run import Run
+from moe.report.run import Run, load_run, summarize
 
 
-def page(run: 'Run', summary: dict[str, Any]) -> str:
+def write_report(path: str | os.PathLike) -> dict[str, Any]:
+  """Writes `summary.json` and `report.html` into run directory `path`, each in one move, and returns the summary.
+
+  Raises:
+    UserError: the directory cannot be read as a run (see `load_run`) or not be written to.
+  """
+  run = load_run(path)
+  summary = summarize(run)
+  write_json(run.path / 'summary.json', summary)
+  write_atomically(run.path / 'report.html', page(run, summary))
+  return summary
+
+
+def page(run: Run, summary: dict[str, Any]) -> str:
   """The report of `run` as an HTML document.
 
   Args:
@@ -68,7 +81,7 @@ def verdict(summary: dict[str, Any]) -> str:
   return ' '.join(parts) or 'Not evaluated: the run stopped before its first evaluation.'
 
 
-def remarks(run: 'Run', summary: dict[str, Any]) -> list[str]:
+def remarks(run: Run, summary: dict[str, Any]) -> list[str]:
   """Sentences on what puzzles in the numbers of this run, where it does."""
   found = []
   bits, gzip = summary['val_bits_per_byte'], summary['gzip_bits_per_byte']

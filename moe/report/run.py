@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from moe import digests, load_history
-from moe.balance import metrics
+from moe.balance import load_history, metrics
 from moe.config import Config
 from moe.errors import UserError
-from moe.files import read_bytes, read_json, read_rows, write_atomically, write_json
-from moe.report import html
+from moe.files import digests, read_bytes, read_json, read_rows
 
 TAIL_FRACTION = 0.1  # last fraction of the rows behind the summary's training means
 CONTENTS = (
@@ -35,7 +33,7 @@ class Run:
   """The files of one run directory. Rows are in ascending order of their 'step'."""
 
   path: pathlib.Path
-  info: dict[str, Any]  # config.json: moe.run_dir.describe_run says what is in it
+  info: dict[str, Any]  # config.json: moe.train.run_dir.describe_run says what is in it
   data: dict[str, Any]  # data.json; {} if there is none
   rows: list[dict[str, Any]]  # metrics.jsonl, at least one row
   load_history: Sequence[dict[str, Any]]  # load_history.jsonl, 'load_LE' as int64 [L, E]; read as it is looked at
@@ -167,19 +165,6 @@ def summarize(run: Run) -> dict[str, Any]:
     'mesh': _mesh(run),
     'versions': run.info.get('versions'),
   }
-
-
-def write_report(path: str | os.PathLike) -> dict[str, Any]:
-  """Writes `summary.json` and `report.html` into run directory `path`, each in one move, and returns the summary.
-
-  Raises:
-    UserError: the directory cannot be read as a run (see `load_run`) or not be written to.
-  """
-  run = load_run(path)
-  summary = summarize(run)
-  write_json(run.path / 'summary.json', summary)
-  write_atomically(run.path / 'report.html', html.page(run, summary))
-  return summary
 
 
 def _balance(run, last_eval):

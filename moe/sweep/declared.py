@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe.config import Config, parse_setting, parsed
 from moe.errors import UserError
-from moe.paths import local_path, run_python, users_code
+from moe.files.paths import local_path, run_python, users_code
 from moe.sweep import manifest
 from moe.sweep.variants import Variant, overlay
 

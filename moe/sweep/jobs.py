@@ -22,7 +22,7 @@ import tqdm
 
 from moe.errors import UserError, one_line
 from moe.files import parse_json, read_json, step_of
-from moe.lock import try_lock
+from moe.files.lock import try_lock
 from moe.sweep.manifest import LOCK, RunOf
 from moe.sweep.variants import flatten
 

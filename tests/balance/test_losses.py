@@ -12,12 +12,12 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe import loss as losses
 from moe.balance.losses import auxiliary
 from moe.balance.stats import router_stats
 from moe.config import BalanceConfig, Config, ModelConfig
-from moe.mesh import BATCH_AXES
 from moe.model.router import route
+from moe.parallel.mesh import BATCH_AXES
+from moe.train import loss as losses
 
 B, S, E, K = 8, 6, 6, 2
 MODEL = ModelConfig(num_experts=E, top_k=K)

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import pytest
 
 from configs import h200
-from moe import state
 from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, speculate, timing
 from moe.bench import step as step_suite
 from moe.config import Config, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig, from_config_dict
 from moe.data.tokenizer import ByteTokenizer
 from moe.errors import UserError
 from moe.inference.load import Model
-from moe.mesh import make_mesh
-from moe.step import resolve
+from moe.parallel.mesh import make_mesh
+from moe.train import state
+from moe.train.step import resolve
 
 SHAPE = layer.Shape(D=32, F=16, E=4, K=2, T=64)
 GEMM_SHAPE = gemm.Shape(M=64, D=128, F=128, E=4)

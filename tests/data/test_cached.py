@@ -7,10 +7,9 @@ import pwd
 import numpy as np
 import pytest
 
-from moe import loop
-from moe.config import Config, DataConfig
+from moe.config import DataConfig
 from moe.data import baselines, batches, prepare
-from moe.data.cached import cache_dir, cached
+from moe.data.cached import cache_dir, cached, use_compilation_cache
 from moe.data.corpus import Corpus, Document
 from moe.data.tokenizer import load_tokenizer
 from moe.errors import UserError
@@ -155,7 +154,7 @@ def test_without_a_place_nothing_is_kept_and_nothing_fails(monkeypatch, tmp_path
   tokenizer = load_tokenizer(data, 300, corpus())
   assert prepare.pack_splits(corpus(), tokenizer, data)['train'].num_bytes == corpus().train_bytes
   assert prepare.costs(corpus(), data).keys() == set(prepare.COSTS)
-  loop.use_compilation_cache(Config(data=data))
+  use_compilation_cache(data)
   assert not [path for path in tmp_path.rglob('*') if path.is_file() and path.name != 'home']
 
 

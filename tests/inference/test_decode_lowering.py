@@ -10,11 +10,12 @@ import pytest
 from test_configs import load
 from test_lowering import operations
 
-from moe import mesh, step
 from moe.inference import forward, generate, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings, Slots
 from moe.model import transformer
+from moe.parallel import mesh
+from moe.train import step
 
 CAPACITY, LAYERS = 192, 2
 EXPERTS, D, F = 64, 256, 128

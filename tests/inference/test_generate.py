@@ -16,8 +16,8 @@ from moe.inference import forward, quantize, steps, weights
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
-from moe.mesh import BATCH_AXES
 from moe.model import transformer
+from moe.parallel.mesh import BATCH_AXES
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11, 12, 13], [4]]
 NEW, CAPACITY = 12, 24

@@ -10,13 +10,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from test_configs import load
 
-from moe import mesh
 from moe.errors import UserError
 from moe.inference import quantize
 from moe.model import transformer
 from moe.ops import weights
 from moe.ops.weights import Fp8Weight, Mxfp4Weight
-from moe.sharding import place
+from moe.parallel import mesh
+from moe.parallel.sharding import place
 
 GB = 1e9
 H20_BYTES = 96 * GB

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from moe.config import Config
-from moe.mesh import BATCH_AXES
 from moe.model import transformer
+from moe.parallel.mesh import BATCH_AXES
 
 BASE = {
   'architectures': ['DeepseekV3ForCausalLM'],

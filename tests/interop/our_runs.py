@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe.checkpoint import Checkpoints, flatten, restore_weights
 from moe.interop import load
 from moe.model import transformer
-from moe.state import TrainState
+from moe.train.checkpoint import Checkpoints, flatten, restore_weights
+from moe.train.state import TrainState
 
 
 def random_arrays(config, std=1.0):

@@ -14,9 +14,9 @@ import tokenizers
 from our_runs import make_run, random_arrays
 from safetensors.numpy import load_file, save_file
 
-from moe import digests
 from moe.config import Config
 from moe.errors import UserError
+from moe.files import digests
 from moe.interop import from_hf, hf_config, shards, to_hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from our_runs import make_run, random_arrays, read_run
 
 from moe.config import Config
 from moe.errors import UserError
-from moe.folder import new_folder
+from moe.files.folder import new_folder
 from moe.interop import from_hf, shards, to_hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -33,8 +33,8 @@ to_hf.export_run(*map(pathlib.Path, sys.argv[1:3]), 'float32', float(sys.argv[3]
 # Dies once, as argv[3] says: while the checkpoint is being written, or between it and the run's config.json.
 KILLED_IMPORT = """
 import os, pathlib, signal, sys
-from moe import run_dir
-from moe.checkpoint import Checkpoints
+from moe.train import run_dir
+from moe.train.checkpoint import Checkpoints
 from moe.interop import from_hf
 def die(*arguments):
   os.kill(os.getpid(), signal.SIGKILL)

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from our_runs import make_run, nested, random_arrays, read_hf, read_run
 
-from moe import loop
+from moe.commands import run as whole
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moe.data.tokenizer import load_saved
 from moe.inference import chat
@@ -69,7 +69,7 @@ def test_train_export_load(tmp_path, mesh_of):
     train=TrainConfig(steps=4, batch_size=8, eval_sequences=4, sample_tokens=0),
     optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=1),
   )
-  loop.train(config, str(tmp_path / 'run'))
+  whole.train(config, str(tmp_path / 'run'))
   to_hf.export_run(tmp_path / 'run', tmp_path / 'hf', 'float32')
   arrays, step = read_run(tmp_path / 'run', config)
   assert step == 4

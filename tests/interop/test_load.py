@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from our_runs import make_run, random_arrays, read_hf
 
-from moe import state
-from moe.checkpoint import flatten
 from moe.config import Config, MeshConfig, ModelConfig, TrainConfig
 from moe.errors import UserError
 from moe.interop import from_hf, load, shards, to_hf
 from moe.interop.run_weights import RunWeights
+from moe.train import state
+from moe.train.checkpoint import flatten
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Widths that 8 tensor shards divide; the vocabulary is padded from 200 to 256.
@@ -97,7 +97,7 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 from moe.config import Config, MeshConfig, TrainConfig
 from moe.interop import load
-from moe.mesh import make_mesh
+from moe.parallel.mesh import make_mesh
 
 def resident(field):
   return 1024 * int(next(line for line in open('/proc/self/status') if line.startswith(field)).split()[1])

@@ -11,7 +11,6 @@ import tokenizers
 from our_runs import read_hf
 from safetensors.numpy import load_file, save_file
 
-from moe.checkpoint import flatten
 from moe.config import DataConfig, MeshConfig
 from moe.data.tokenizer import load_saved
 from moe.errors import UserError
@@ -19,6 +18,7 @@ from moe.files import read_json
 from moe.inference import load as inference
 from moe.interop import from_hf, hf_config, load, shards, to_hf
 from moe.model import transformer
+from moe.train.checkpoint import flatten
 
 PLAIN = hf_cases.fields_of('plain') | {'num_hidden_layers': 2, 'moe_intermediate_size': 8}
 

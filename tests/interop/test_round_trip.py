@@ -18,15 +18,16 @@ from our_runs import make_run, random_arrays, read_hf, read_run
 from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
-from moe import digests, state
-from moe.checkpoint import flatten, restore_weights
 from moe.config import BalanceConfig, Config, ModelConfig, from_config_dict
 from moe.data.tokenizer import load_saved
 from moe.errors import UserError
+from moe.files import digests
 from moe.interop import from_hf, hf_config, load, names, shards, to_hf
 from moe.interop.load import array_shapes
 from moe.interop.run_weights import RunWeights
 from moe.model import transformer
+from moe.train import state
+from moe.train.checkpoint import flatten, restore_weights
 
 NO_YARN = {'yarn_factor': 1.0, 'yarn_original_len': ModelConfig.yarn_original_len}
 VARIANTS = {

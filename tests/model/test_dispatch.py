@@ -16,14 +16,14 @@ from gpus import lower_for_gpu
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from moe.balance.routing import Routing
 from moe.config import Config, ModelConfig
-from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
 from moe.model import layer as layers
 from moe.model.ffn import Experts
 from moe.model.parameters import Init
-from moe.model.router import Routing
 from moe.ops import permute as permutes
+from moe.parallel.mesh import BATCH_AXES, abstract_mesh
 
 T, D, F, E, K = 32, 8, 6, 16, 3  # T over the whole mesh
 ROW_MULTIPLE = 4  # what experts' rows are padded to; the rest of the suite has 1

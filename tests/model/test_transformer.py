@@ -10,10 +10,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe import loss as losses
 from moe.config import BalanceConfig, Config, ModelConfig, TrainConfig, from_config_dict
-from moe.mesh import BATCH_AXES
 from moe.model import norm, transformer
+from moe.parallel.mesh import BATCH_AXES
+from moe.train import loss as losses
 
 B, S = 2, 8
 

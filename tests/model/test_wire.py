@@ -16,12 +16,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_dispatch import LOADS, E, K, T, emulated_ragged_all_to_all
 
+from moe.balance.routing import Routing
 from moe.config import ModelConfig
-from moe.mesh import BATCH_AXES, abstract_mesh
 from moe.model import dispatch
-from moe.model.router import Routing
 from moe.ops import fp8
 from moe.ops.permute import key_of
+from moe.parallel.mesh import BATCH_AXES, abstract_mesh
 
 MODEL = ModelConfig(num_experts=E, top_k=K)
 FACTOR_E = np.linspace(-1, 2, E).astype(np.float32)

@@ -13,9 +13,9 @@ from gpus import lower_for_gpu
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
-from moe.mesh import abstract_mesh
 from moe.ops import attention
 from moe.ops.attention import attend, blocked, triton
+from moe.parallel.mesh import abstract_mesh
 
 SCALE = 0.3
 # batch, positions, heads, widths of the parts, whether the last part's key is shared, width of the values

@@ -14,11 +14,11 @@ from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
 from jaxprs import equations
 
-from moe.mesh import abstract_mesh
 from moe.ops import fp8
 from moe.ops.grouped_matmul import grouped_matmul, mosaic_gpu_fp8, persistent
 from moe.ops.grouped_matmul.persistent import ROW_MULTIPLE, TILE_M, tile_table
 from moe.ops.quantize_gpu import blocks_of
+from moe.parallel.mesh import abstract_mesh
 
 SIZES = (
   [0, 0, 0, 0],

@@ -17,7 +17,8 @@ from moe.balance import metrics
 from moe.errors import UserError
 from moe.files import read_json
 from moe.report import compare, figures, html
-from moe.report.run import load_run, summarize, write_report
+from moe.report.html import write_report
+from moe.report.run import load_run, summarize
 
 ROOT = pathlib.Path(__file__).parents[2]
 BATCH_TOKENS, VAL_TOKENS = 4096, 20000

@@ -7,12 +7,12 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moe import loss as losses
 from moe.balance.losses import auxiliary
 from moe.balance.stats import router_stats
 from moe.config import BalanceConfig, Config, ModelConfig
 from moe.model.layer import stack_stats
 from moe.model.router import route
+from moe.train import loss as losses
 
 B, S, E, K, ALPHA = 4, 8, 6, 2, 0.3
 MODEL = ModelConfig(num_experts=E, top_k=K)

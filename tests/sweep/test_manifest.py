@@ -9,9 +9,9 @@ import pytest
 from moe.config import Config
 from moe.errors import UserError
 from moe.files import read_json
-from moe.state import count_parameters
 from moe.sweep import declared, manifest
 from moe.sweep.variants import axis, named, overlay
+from moe.train.state import count_parameters
 
 DEFINITIONS = str(pathlib.Path(__file__).parents[2] / 'configs/sweeps/declared.py')
 GAMMAS = axis('balance.gamma', (0.1, 0.01))

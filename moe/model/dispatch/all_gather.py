@@ -7,10 +7,10 @@ many experts per token (8 of 256 on 8 shards send most tokens nearly everywhere 
 import jax
 from jax import lax
 
+from moe.balance.routing import Routing
 from moe.config import ModelConfig
 from moe.model.dispatch import local
 from moe.model.dispatch.wire import from_experts, to_experts
-from moe.model.router import Routing
 from moe.ops.permute import permute
 
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.balance.routing import Routing
 from moe.config import ModelConfig
 from moe.model.dispatch.wire import from_experts, to_experts
-from moe.model.router import Routing, capacity
+from moe.model.router import capacity
 from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe.balance.routing import Routing
 from moe.config import ModelConfig
-from moe.model.router import Routing
 from moe.ops.permute import Permutation, combine_rows, lay_out, permute
 
 

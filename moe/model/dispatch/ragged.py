@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.balance.routing import Routing
 from moe.config import ModelConfig
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
 from moe.model.dispatch.wire import from_experts, to_experts
-from moe.model.router import Routing
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
 

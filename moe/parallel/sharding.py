@@ -1,0 +1,87 @@
+"""From a parameter's name to where it lives.
+
+A parameter's suffix names its axes (`w_up_eDF`), and one table sends axes to mesh axes. A stacked parameter has one
+axis more than its suffix, the layers `L`, in front. Masters and moments are sharded further over the batch axes
+(ZeRO-1, arXiv 1910.02054): expert parameters over `data`, the others over `data` and `expert` together, on the first
+free dimension that divides, never L.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from moe.errors import UserError
+from moe.parallel.mesh import BATCH_AXES
+
+LEGEND = {
+  'e': 'expert',
+  'H': 'tensor',
+  'F': 'tensor',
+  'V': 'tensor',
+  **dict.fromkeys('EDACNRUKGL'),  # L waits for pipelining to be sharded over `pipe`
+}
+
+
+class Placement(NamedTuple):
+  """How one parameter is laid out.
+
+  compute: PartitionSpec of the weight as the forward pass uses it.
+  stored: PartitionSpec of the fp32 master and of its moments.
+  zero_axes: mesh axes its gradient is summed over; the master is sharded over them too if `zero_dim` is not None.
+  zero_dim: the dimension that carries `zero_axes` in `stored`, or None when none divides.
+  """
+
+  compute: P
+  stored: P
+  zero_axes: tuple[str, ...]
+  zero_dim: int | None
+
+
+def axes_of(name: str, ndim: int) -> str:
+  """The axis letters of an array called `name`: its suffix, with L in front if it has one axis more.
+
+  Raises:
+    ValueError: the suffix has a letter outside the legend, or does not fit the number of axes.
+  """
+  suffix = name.rsplit('_', 1)[-1]
+  if unknown := set(suffix) - set(LEGEND):
+    raise ValueError(f'{name}: axis letters {sorted(unknown)} are not in the legend')
+  if len(suffix) == ndim:
+    return suffix
+  if len(suffix) + 1 == ndim:
+    return 'L' + suffix
+  raise ValueError(f'{name}: {ndim} axes do not fit the suffix {suffix!r}')
+
+
+def place(name: str, shape: tuple[int, ...], mesh_sizes: dict[str, int]) -> Placement:
+  """Layout of the parameter `name` of global `shape` on a mesh with axis sizes `mesh_sizes`.
+
+  Raises:
+    UserError: a sharded dimension does not divide by its mesh axis.
+  """
+  axes = axes_of(name, len(shape))
+  compute = [LEGEND[letter] for letter in axes]
+  for letter, size, axis in zip(axes, shape, compute, strict=True):
+    if axis and size % mesh_sizes[axis]:
+      raise UserError(f'{name}: axis {letter} of size {size} must be divisible by the {axis} axis, {mesh_sizes[axis]}')
+  zero_axes = ('data',) if 'e' in axes else BATCH_AXES
+  parts = math.prod(mesh_sizes[axis] for axis in zero_axes)
+  free = (i for i, letter in enumerate(axes) if letter != 'L' and compute[i] is None and shape[i] % parts == 0)
+  zero_dim = next(free, None)
+  stored = list(compute)
+  if zero_dim is not None:
+    stored[zero_dim] = zero_axes
+  return Placement(P(*compute), P(*stored), zero_axes, zero_dim)
+
+
+def place_tree(params, mesh) -> dict:
+  """A tree like `params` (nested dict of arrays or shapes) with each leaf's `Placement`."""
+  sizes = dict(mesh.shape)
+  return jax.tree.map_with_path(lambda path, leaf: place(path[-1].key, leaf.shape, sizes), params)
+
+
+def is_matrix(name: str) -> bool:
+  """Whether weight decay applies: two axes or more of its own, stacked layers not counted."""
+  return len(name.rsplit('_', 1)[-1]) >= 2

@@ -1,0 +1,46 @@
+"""Evaluation over the validation rows."""
+
+import math
+
+import jax
+import numpy as np
+
+from moe.balance import metrics
+from moe.config import Config
+from moe.data.batches import Rows
+from moe.train import feed
+from moe.train.state import TrainState
+
+
+def evaluate(eval_step, state: TrainState, rows: Rows, config: Config, mesh, sequences: int = 0) -> dict:
+  """Loss and balance over validation rows. Routing is dropless; the bias stays.
+
+  Args:
+    sequences: so many rows, spread over the text, so that each part of it has its weight; 0: all.
+
+  Returns:
+    val_loss (nats per token), val_perplexity, val_bits_per_byte, val_mtp_loss if there are MTP modules, val_tokens,
+    val_bytes (of the text that these tokens stand for), max_vio_global (mean over routers) and load_LE.
+  """
+  chosen = rows.spread(sequences)
+  size = config.train.batch_size // config.train.microbatches
+  total = None
+  for first in range(0, len(chosen), size):
+    batch = feed.eval_batch(rows, chosen[first : first + size], size, mesh)
+    # Summed on the host in float64: a large validation set outgrows float32 and int32.
+    part = jax.device_get(eval_step(state.params, state.balance['bias_LE'], batch))
+    part = {key: value.astype(np.int64 if key == 'load_LE' else np.float64) for key, value in part.items()}
+    total = part if total is None else {key: total[key] + part[key] for key in total}
+  nats, num_bytes = total['nats'] / np.maximum(total['predicted'], 1), rows.bytes_of(chosen)
+  result = {
+    'val_loss': float(nats[0]),
+    'val_perplexity': math.exp(min(nats[0], 700)),
+    'val_bits_per_byte': float(nats[0] / math.log(2) * (total['predicted'][0] / num_bytes)),
+    'val_tokens': int(total['predicted'][0]),
+    'val_bytes': num_bytes,
+    'max_vio_global': float(metrics.max_vio(total['load_LE']).mean()),
+    'load_LE': total['load_LE'].tolist(),
+  }
+  if config.model.mtp_depth:
+    result['val_mtp_loss'] = float(nats[1:].mean())
+  return result

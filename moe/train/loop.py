@@ -1,0 +1,359 @@
+"""The host's side of a training run: data in, rows out, checkpoints, evaluation, interruption and resumption."""
+
+import collections
+import contextlib
+import math
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+
+from moe.balance import metrics as balance_metrics
+from moe.balance.load_history import rows_every
+from moe.config import Config
+from moe.data import prepare
+from moe.data.batches import Batches
+from moe.data.cached import use_compilation_cache
+from moe.data.corpus import load_corpus
+from moe.data.tokenizer import load_tokenizer
+from moe.errors import UserError
+from moe.files.paths import local_path
+from moe.model import flops
+from moe.parallel import mesh, processes
+from moe.train import evaluate, feed, run_dir, state, step
+from moe.train.checkpoint import Checkpoints, abstract_like, start_from
+from moe.train.logbook import Logbook
+from moe.validation import profile_range
+
+
+class Callback:
+  """Is told of a run as it goes, in every process, after the run's own rows are written; does nothing by itself."""
+
+  def logged(self, run: 'Run', row: dict) -> None:
+    """After a row of metrics.jsonl; `row` as it stands there."""
+
+  def evaluated(self, run: 'Run', row: dict) -> None:
+    """After a row of evals.jsonl; `row` as it stands there."""
+
+  def finished(self, run: 'Run') -> bool:
+    """After the last step and evaluation. False: a signal came (`run.stop()`), and the same command is to go on."""
+    return True
+
+
+def train(config: Config, workdir: str, callbacks: Sequence[Callback] = (), command: str = '') -> bool:
+  """Trains, or goes on training, the run in `workdir`.
+
+  Args:
+    config: as given, with 'auto' where it is left to the mesh.
+    workdir: the run's directory, made if missing.
+    callbacks: asked in this order.
+    command: that started the run, for config.json; that of this process if not given.
+
+  Returns:
+    Whether the run is finished; False if a signal ended it early, with everything saved.
+
+  Raises:
+    UserError: bad settings, data, mesh, checkpoint or disk; or a loss that is not finite.
+  """
+  path = local_path(workdir, 'workdir')
+  with processes.joined(config.mesh, run_dir.shared_settings(config), _write) as peers:
+    mesh.setup_devices(config.mesh)
+    device_mesh = mesh.make_mesh(config)
+    mesh.check_memory(config, device_mesh)
+    run_dir.check_run(path, config)
+    use_compilation_cache(config.data)
+    corpus = load_corpus(config.data, leave_out=[path])
+    tokenizer = load_tokenizer(config.data, config.model.vocab_size, corpus)
+    peers.agree({'the text': corpus.digest, 'the tokenizer': tokenizer.digest})
+    rows = prepare.pack_splits(corpus, tokenizer, config.data)
+    with run_dir.owned(path, config, say), _stop_on_signal() as stop:
+      if jax.process_index() == 0:
+        _describe_data(path, corpus, tokenizer, rows, config.data)
+      with contextlib.closing(Run(config, path, device_mesh, rows, tokenizer, stop, callbacks)) as run:
+        run.describe(command or run_dir.command_line())
+        return run.train() and run.finish()
+
+
+def _describe_data(path: pathlib.Path, corpus, tokenizer, rows: dict, data):
+  """Writes down what text a run has, or refuses other text than it began with; says so."""
+  for line in [*tokenizer.remarks, *prepare.describe(path, corpus, tokenizer, rows, data)]:
+    say(line)
+
+
+class Run:
+  """One process's view of a run: the compiled steps, the state and the files."""
+
+  def __init__(self, config: Config, path: pathlib.Path, device_mesh, rows: dict, tokenizer, stop, callbacks=()):
+    """Compiles nothing yet; restores the newest checkpoint or makes a fresh state. Raises UserError.
+
+    Args:
+      stop: says whether to stop, to all processes the same; asked between steps and batches.
+    """
+    self.given, self.stop, self.callbacks = config, stop, callbacks
+    self.config = step.resolve(config, device_mesh, mesh.platform_of(device_mesh))
+    self.path, self.mesh, self.rows, self.tokenizer = path, device_mesh, rows, tokenizer
+    self.batches = Batches(rows['train'], config.train.batch_size, config.train.seed)
+    self.train_step = step.make_train_step(self.config, device_mesh)
+    self.eval_step = step.make_eval_step(self.config, device_mesh)
+    self.checkpoints = Checkpoints(path, config.checkpoint.keep)
+    self.state, self.done, self.tokens, logged = self._start()
+    first = jax.process_index() == 0
+    self.logbook = Logbook(path, self.done, config.train.steps, logged) if first else None
+    self._row_time, self._row_step = time.perf_counter(), self.done
+    self._load_every = config.train.load_every or rows_every(config.train.log_every, config.train.steps)
+    self._flops_per_token = flops.matmul_flops_per_token(self.config)
+    self._peak_flops_per_s = flops.peak_bf16_flops_per_s(device_mesh.devices.flat[0].device_kind)
+
+  def _start(self):
+    """(state, steps done, tokens, bytes logged): from the newest checkpoint, another run's weights, or nothing."""
+    like = abstract_like(state.abstract(self.config), state.shardings(self.config, self.mesh))
+    if found := self.checkpoints.restore_newest(like):
+      for remark in found.remarks:
+        say(remark)
+      say(f'resuming {self.path} at step {found.meta["step"]}')
+      return found.state, found.meta['step'], found.meta['tokens'], found.meta.get('logged')
+    fresh = state.create(self.config, self.mesh)
+    if source := self.config.train.init_from:
+      found = start_from(local_path(source, 'config train.init_from'), self.config.balance, fresh)
+      fresh = found.state
+      for remark in [*found.remarks, f'starting from the weights of {source} at step {found.meta["step"]}']:
+        say(remark)
+    return fresh, 0, 0, None
+
+  def describe(self, command: str) -> None:
+    """Writes config.json, and says what runs and what rows are missing."""
+    if self.logbook:
+      holes = self.logbook.holes
+      say(run_dir.describe_run(self.path, self.given, self.mesh, command, self.done, holes))
+      for hole in holes:
+        say(f'{self.path}: {hole}; the run goes on, and config.json and the report keep this')
+
+  def train(self) -> bool:
+    """Steps until train.steps or until `stop()`; True if all steps are done and saved."""
+    train, total = self.config.train, self.config.train.steps
+    every, eval_every = self.config.checkpoint.every_steps, train.eval_every
+    profile = profile_range(train.profile_steps)
+    pending = collections.deque()
+    if self.done < total and self._owes_evaluation():
+      self._evaluate()
+    with progress(self.done, total) as bar, contextlib.ExitStack() as trace:
+      while self.done < total and not self.stop():
+        if self.done + 1 in profile[:1]:
+          trace.enter_context(jax.profiler.trace(str(self.path / 'profile')))
+        batch = feed.train_batch(self.batches, self.done, train.microbatches, self.mesh)
+        self.state, out = self.train_step(self.state, batch)
+        self.done += 1
+        pending.append((self.done, out))
+        saving, evaluating = _due(self.done, every), _due(self.done, eval_every)
+        # The host reads a step's metrics while the device runs the next one; whoever needs the state waits for them.
+        while len(pending) > (0 if saving or evaluating or self.done == total else 1):
+          self._record(*pending.popleft(), bar)
+        if self.done in profile[-1:]:
+          jax.block_until_ready(self.state)
+          trace.close()
+        # Evaluated first, so that whoever resumes from this checkpoint finds the evaluation in the log.
+        if evaluating and self.done < total:
+          self._evaluate()
+        if saving:
+          self._save()
+      while pending:
+        self._record(*pending.popleft(), bar)
+    self._save()
+    self.checkpoints.wait()
+    self._note_saved()
+    if self.done < total:
+      say(f'stopped and saved at step {self.done} of {total}; the same command continues')
+    return self.done >= total
+
+  def finish(self) -> bool:
+    """The final evaluation, and what callbacks do at the end; False if a signal came."""
+    if self._evaluate_all() and all(callback.finished(self) for callback in self.callbacks):
+      return True
+    say(f'stopped after step {self.done}, with everything saved; the same command continues with the evaluation')
+    return False
+
+  def close(self) -> None:
+    """Closes the files and waits for checkpoints on their way."""
+    with contextlib.ExitStack() as stack:
+      stack.callback(self.checkpoints.close)
+      if self.logbook:
+        stack.callback(self.logbook.close)
+
+  def _note_saved(self):
+    if self.logbook and self.checkpoints.latest() is not None:
+      run_dir.note_saved(self.path)
+
+  def _save(self):
+    self._note_saved()
+    self.checkpoints.save(
+      self.state,
+      {
+        'step': self.done,
+        'tokens': self.tokens,
+        'seed': self.config.train.seed,
+        'logged': self.logbook.sync() if self.logbook else None,
+        'data': {'next_batch': self.done, 'epoch': self.batches.epoch(self.done)},
+      },
+    )
+
+  def _owes_evaluation(self) -> bool:
+    """Whether the periodic evaluation of this step is not in the log, as the run was stopped in it."""
+    if not (self.done and _due(self.done, self.config.train.eval_every)):
+      return False
+    owes = self.logbook is not None and self.logbook.last_steps['evals'] != self.done
+    return bool(multihost_utils.broadcast_one_to_all(np.array(owes)))
+
+  def _evaluate(self) -> bool:
+    """Logs a point of the curve of validation losses: on the same rows at every step. False if a signal came."""
+    found = self._measured(self.config.train.eval_sequences)
+    return bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+
+  def _evaluate_all(self) -> bool:
+    """Logs the result of the run, on all rows; beside it the curve's last point, where that has been on a sample.
+
+    False, and nothing in the log, if a signal came.
+    """
+    found, sample = self._measured(0), {}
+    if found and self._is_sample() and self.config.train.eval_every:
+      sample = self._measured(self.config.train.eval_sequences)
+      found = sample and {**found, 'sample': {key: value for key, value in sample.items() if key != 'load_LE'}}
+    return bool(found) and self._log_evaluation({'set': 'full', **found})
+
+  def _is_sample(self):
+    return len(self.rows['val'].spread(self.config.train.eval_sequences)) < len(self.rows['val'])
+
+  def _measured(self, sequences) -> dict:
+    """What `evaluate` finds, or {} if a signal came."""
+    batch_size = self.config.train.batch_size // self.config.train.microbatches
+    count = len(self.rows['val'].spread(sequences))
+    with progress(0, -(-count // batch_size), 'batch', 'evaluation', leave=False) as bar:
+
+      def eval_step(*batch):
+        if self.stop():
+          raise _Stopped
+        bar.update()
+        return self.eval_step(*batch)
+
+      try:
+        return evaluate.evaluate(eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+      except _Stopped:
+        return {}
+
+  def _log_evaluation(self, found) -> bool:
+    row = {'step': self.done, **found}
+    if self.logbook:
+      self.logbook.write('evals', row)
+    for callback in self.callbacks:
+      callback.evaluated(self, row)
+    bits, vio = found['val_bits_per_byte'], found['max_vio_global']
+    what = 'validation' if found['set'] == 'full' else 'sample of the validation text'
+    say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
+    self._row_time = time.perf_counter()  # evaluation is not the next step's time
+    return True
+
+  def _record(self, done, out, bar):
+    """Checks, counts and logs one step's metrics, once they are there."""
+    out = jax.device_get(out)
+    self.tokens += int(out.pop('batch_tokens'))
+    load_LE = out.pop('load_LE')
+    row = {key: float(value) for key, value in out.items()}
+    if not (math.isfinite(row['total_loss']) and math.isfinite(row['grad_norm'])):
+      last = self.checkpoints.latest()
+      good = f'the last good checkpoint is step {last} in {self.checkpoints.path}' if last else 'no checkpoint yet'
+      raise UserError(f'step {done}: loss {row["total_loss"]}, gradient norm {row["grad_norm"]}: not finite; {good}')
+    bar.set_postfix_str(f'loss {row["loss"]:.3f}', refresh=False)
+    bar.update()
+    last = done == self.config.train.steps
+    if self.logbook and (last or _due(done, self._load_every)):
+      self.logbook.write_loads(done, load_LE)
+    if not (last or _due(done, self.config.train.log_every)):
+      return
+    now, steps = time.perf_counter(), done - self._row_step
+    step_s = (now - self._row_time) / steps
+    self._row_time, self._row_step = now, done
+    tokens_per_s = self.config.train.batch_size * self.config.data.seq_len / step_s
+    row |= {
+      'max_vio_batch': float(balance_metrics.max_vio(load_LE).mean()),
+      'cv_batch': float(balance_metrics.cv(load_LE).mean()),
+      'tokens': self.tokens,
+      'tokens_per_s': tokens_per_s,
+      'step_s': step_s,
+      'model_tflop_per_s': tokens_per_s * self._flops_per_token / 1e12,
+    }
+    if self._peak_flops_per_s:
+      row['mfu'] = tokens_per_s * self._flops_per_token / (self.mesh.size * self._peak_flops_per_s)
+    bar.set_postfix_str(
+      f'loss {row["loss"]:.3f}, MaxVio {row["max_vio_batch"]:.2f}, {tokens_per_s:,.0f} tokens/s', refresh=False
+    )
+    row = {'step': done, **row}
+    if self.logbook:
+      self.logbook.write('metrics', row)
+    for callback in self.callbacks:
+      callback.logged(self, row)
+
+
+class _Stopped(Exception):
+  """A signal came between two batches of an evaluation."""
+
+
+def say(text: str) -> None:
+  """One line to the user, from the first process only."""
+  if jax.process_index() == 0:
+    _write(text)
+
+
+def _write(text):
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def _due(done, every):
+  return bool(every) and done % every == 0
+
+
+def progress(done, total, unit='step', what=None, leave=True) -> tqdm.tqdm:
+  """A bar on a terminal and a line now and then in a log, from the first process only."""
+  quiet = not sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=total,
+    initial=done,
+    unit=unit,
+    desc=what,
+    leave=leave,
+    dynamic_ncols=True,
+    mininterval=15 if quiet else 0.2,  # a log file wants lines, not a moving bar
+    disable=jax.process_index() > 0,
+  )
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+  """A function that says whether SIGTERM or Ctrl-C has come; all processes of a run get the same answer.
+
+  A second Ctrl-C acts as usual. Outside of the main thread, where Python sets no handlers, no signal comes.
+  """
+  seen, handlers = [], {}
+
+  def on_signal(number, frame):
+    if number == signal.SIGINT and seen:
+      signal.default_int_handler(number, frame)
+    seen.append(number)
+
+  def stop():
+    if jax.process_count() == 1:
+      return bool(seen)
+    return bool(multihost_utils.process_allgather(np.array(bool(seen))).any())
+
+  if threading.current_thread() is threading.main_thread():
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)

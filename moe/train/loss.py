@@ -1,0 +1,119 @@
+"""Cross-entropy + MTP + balance terms for one microbatch of one shard, as sums (see `Sums`)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe.balance.losses import auxiliary
+from moe.balance.stats import RouterStats
+from moe.config import Config
+from moe.model import transformer
+from moe.model.layer import stack_stats
+from moe.model.transformer import Transformer
+from moe.parallel.mesh import BATCH_AXES
+
+
+class Targets(NamedTuple):
+  """One prediction distance: inputs at S positions, what they predict, and which positions count.
+
+  Distance 0 is the main model (predicts the next token), distance k the MTP module k.
+  """
+
+  input_BS: jax.Array  # token k ahead
+  target_BS: jax.Array  # token k + 1 ahead
+  mask_BS: jax.Array  # input is a token of the same document: routed and counted in loads
+  weight_BS: jax.Array  # so is the target: counted in the loss
+
+
+class Counts(NamedTuple):
+  """float32 numbers of positions over the whole batch (mesh and microbatches), one per distance 0..mtp_depth."""
+
+  routed: jax.Array
+  predicted: jax.Array
+
+
+class Sums(NamedTuple):
+  """What a microbatch adds to the step's statistics; all are sums over positions of this shard.
+
+  nats: cross-entropy per distance, [1 + mtp_depth]. aux, z: weighted balance losses, already divided by the batch's
+  token count. router: RouterStats with a row per router.
+  """
+
+  nats: jax.Array
+  aux: jax.Array
+  z: jax.Array
+  router: RouterStats
+
+
+def targets(batch: dict, distance: int) -> Targets:
+  """Inputs and targets of one distance from token_BS and segment_BS, both [B, S + 1]."""
+  S = batch['token_BS'].shape[1] - 1
+  segment_BS = batch['segment_BS'][:, :S]
+
+  def ahead(key, by):
+    return jnp.pad(batch[key][:, by : by + S], ((0, 0), (0, max(0, by - 1))))
+
+  def inside(by):
+    return (segment_BS > 0) & (ahead('segment_BS', by) == segment_BS)
+
+  return Targets(ahead('token_BS', distance), ahead('token_BS', distance + 1), inside(distance), inside(distance + 1))
+
+
+def count_positions(batch: dict, mtp_depth: int) -> Counts:
+  """Counts over this shard's rows; sum them over mesh and microbatches."""
+  views = [targets(batch, distance) for distance in range(mtp_depth + 1)]
+  routed = jnp.stack([view.mask_BS.sum() for view in views])
+  return Counts(routed.astype(jnp.float32), jnp.stack([view.weight_BS.sum() for view in views]).astype(jnp.float32))
+
+
+def forward(model: Transformer, batch: dict, config: Config, dropless: bool):
+  """Cross-entropy of every distance and router statistics.
+
+  Returns:
+    nats [1 + mtp_depth], the summed cross-entropy of this shard; RouterStats with a row per router.
+  """
+  segment_BS = batch['segment_BS'][:, :-1]
+  main = targets(batch, 0)
+  x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
+  h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config, dropless)
+  nats = [transformer.nats(model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS)]
+  mtp_stats = []
+  for depth in range(config.model.mtp_depth):
+    view = targets(batch, depth + 1)
+    h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config, dropless)
+    mtp_stats.append(one)
+    nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
+  if mtp_stats:
+    stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, stack_stats(mtp_stats))
+  return jnp.stack(nats), stats
+
+
+def loss(
+  model: Transformer, batch: dict, counts: Counts, earlier_load_LE: jax.Array, config: Config
+) -> tuple[jax.Array, Sums]:
+  """This shard's and microbatch's part of the training loss: summed over mesh and microbatches it is the loss.
+
+  CE mean + mtp_weight / depth * sum of the MTP means (arXiv 2412.19437, equation 25) + auxiliary loss + z-loss.
+
+  Args:
+    batch: token_BS, segment_BS [B, S + 1].
+    counts: positions of the whole batch.
+    earlier_load_LE: loads of the step's earlier microbatches on this shard.
+  """
+  depth = config.model.mtp_depth
+  nats, stats = forward(model, batch, config, dropless=False)
+  means = nats / jnp.maximum(counts.predicted, 1)
+  routed = jnp.maximum(counts.routed, 1)
+  tokens_L = jnp.concatenate([jnp.broadcast_to(routed[:1], (config.model.num_moe_layers,)), routed[1:]])
+  aux, z = auxiliary(stats, tokens_L, earlier_load_LE, config)
+  total = means[0] + aux + z
+  if depth:
+    total = total + config.train.mtp_weight / depth * means[1:].sum()
+  return total, jax.tree.map(lax.stop_gradient, Sums(nats, aux, z, stats))
+
+
+def sum_over_mesh(tree):
+  """Sums over all batch shards."""
+  return jax.tree.map(lambda leaf: lax.psum(leaf, BATCH_AXES), tree)

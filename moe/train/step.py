@@ -1,0 +1,206 @@
+"""The pure train and evaluation steps: one jit around one fully manual shard_map.
+
+Inside the shard_map: fp32 masters, sharded over the batch axes (ZeRO-1), are cast to the compute dtype and gathered
+once; each microbatch's gradient is taken with no reduction over the batch axes; they add up in float32 and are
+reduce-scattered once. Outside, on global arrays: clipping, the optimizer and the router bias.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe.balance import rules
+from moe.config import Config
+from moe.errors import UserError
+from moe.model import dispatch, transformer
+from moe.model.parameters import is_float32
+from moe.ops import grouped_matmul
+from moe.ops.varying import vary, varying_axes
+from moe.parallel import sharding
+from moe.parallel.mesh import BATCH_AXES
+from moe.train import loss as losses
+from moe.train import state
+from moe.train.optimizer import bias_speed, learning_rate, make_optimizer
+from moe.train.state import TrainState
+
+BATCH_SPEC = P(None, BATCH_AXES)  # [microbatches, B, S + 1]
+
+
+def resolve(config: Config, mesh, platform: str) -> Config:
+  """The config with every 'auto' replaced by what it means on this mesh and platform (see `mesh.platform_of`).
+
+  Raises:
+    UserError: a backend or the FP8 policy does not run there.
+  """
+  fp8, compute = config.precision.fp8, config.precision.compute
+  if fp8 and (platform, compute) == ('hopper', 'float32'):
+    raise UserError(f'config precision.fp8 = {fp8!r} needs precision.compute = bfloat16 on a Hopper GPU, not {compute}')
+  return dataclasses.replace(
+    config,
+    dispatch=dispatch.resolve_backend(config.dispatch, mesh.shape['expert']),
+    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute),
+  )
+
+
+def make_train_step(config: Config, mesh):
+  """The jitted (state, batch) -> (state, metrics), with donated state.
+
+  Args:
+    config: with every 'auto' resolved.
+    mesh: a Mesh, or an AbstractMesh to lower without devices.
+
+  The batch is {'token_BS', 'segment_BS'}, int32 [microbatches, B, S + 1] sharded as BATCH_SPEC. Metrics are float32
+  scalars, and 'load_LE', int32 assignments per router and expert over the whole batch.
+  """
+  steps = config.train.steps
+  optimizer = make_optimizer(config.optimizer, steps)
+  rate, speed = learning_rate(config.optimizer, steps), bias_speed(config.balance, steps)
+  placements = sharding.place_tree(transformer.abstract_params(config), mesh)
+  stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
+  gradients = jax.shard_map(
+    lambda params, bias_LE, batch: _gradients(params, bias_LE, batch, placements, config),
+    mesh=mesh,
+    in_specs=(stored, P(), BATCH_SPEC),
+    out_specs=(stored, P(), P()),
+  )
+
+  def train_step(old: TrainState, batch: dict):
+    with jax.default_matmul_precision(config.precision.matmul):
+      grads, sums, counts = gradients(old.params, old.balance['bias_LE'], batch)
+    updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+    params = jax.tree.map(jnp.add, old.params, updates)
+    gamma = speed(old.step)
+    balance = rules.update(old.balance, sums.router.load_E, sums.router.margins, gamma, config.balance)
+    metrics = _metrics(sums, counts, grads, balance, config)
+    metrics |= {'learning_rate': rate(old.step), 'gamma': gamma}
+    return TrainState(old.step + 1, params, balance, opt_state), metrics
+
+  placed = state.shardings(config, mesh)
+  replicated, batches = NamedSharding(mesh, P()), NamedSharding(mesh, BATCH_SPEC)
+  return jax.jit(
+    train_step, in_shardings=(placed, batches), out_shardings=(placed, replicated), donate_argnames=('old',)
+  )
+
+
+def make_eval_step(config: Config, mesh):
+  """The jitted (params, bias_LE, batch) -> dict of sums over a batch [1, B, S + 1]; routing is dropless.
+
+  Returns 'nats' [1 + mtp_depth] float32, 'predicted' [1 + mtp_depth] float32 positions counted, 'load_LE' int32.
+  """
+  placements = sharding.place_tree(transformer.abstract_params(config), mesh)
+  stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
+
+  def sums(params, bias_LE, batch):
+    batch = jax.tree.map(lambda a: a[0], batch)
+    model = transformer.build(config, gather_params(params, placements, config), bias_LE)
+    nats, stats = losses.forward(model, batch, config, dropless=True)
+    predicted = losses.count_positions(batch, config.model.mtp_depth).predicted
+    return losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
+
+  mapped = jax.shard_map(sums, mesh=mesh, in_specs=(stored, P(), BATCH_SPEC), out_specs=P())
+
+  def eval_step(params, bias_LE, batch):
+    with jax.default_matmul_precision(config.precision.matmul):
+      return mapped(params, bias_LE, batch)
+
+  return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
+
+
+def gather_params(params, placements, config: Config):
+  """Stored shards -> the weights this device computes with, cast before they travel; inside shard_map."""
+  compute = jnp.dtype(config.precision.compute)
+
+  def gather(path, placed, w):
+    w = w if is_float32(path[-1].key) else w.astype(compute)
+    if placed.zero_dim is None:
+      return vary(w, placed.zero_axes)
+    return lax.all_gather(w, placed.zero_axes, axis=placed.zero_dim, tiled=True)
+
+  return jax.tree.map_with_path(gather, placements, params, is_leaf=_is_placement)
+
+
+def _is_placement(node):
+  return isinstance(node, sharding.Placement)
+
+
+def _gradients(params, bias_LE, batch, placements, config: Config):
+  """Reduce-scattered gradients of the whole batch, its summed statistics and its counts; inside shard_map."""
+  weights = gather_params(params, placements, config)
+  counts = jax.vmap(lambda micro: losses.count_positions(micro, config.model.mtp_depth))(batch)
+  counts = losses.sum_over_mesh(jax.tree.map(lambda count: count.sum(0), counts))
+
+  def microbatch_loss(weights, micro, earlier_load_LE):
+    return losses.loss(transformer.build(config, weights, bias_LE), micro, counts, earlier_load_LE, config)
+
+  def add(carry, micro):
+    total, sums = carry
+    grads, new = gradient(weights, micro, sums.router.load_E)
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), (total, sums), (grads, new)), None
+
+  first, no_load_LE = jax.tree.map(lambda a: a[0], batch), vary(jnp.zeros(bias_LE.shape, jnp.int32), BATCH_AXES)
+  gradient = jax.grad(microbatch_loss, has_aux=True)
+  if len(batch['token_BS']) == 1:  # nothing to add up, so no float32 copy of the gradients is kept
+    total, sums = gradient(weights, first, no_load_LE)
+  else:
+    start = (
+      jax.tree.map(lambda w: vary(jnp.zeros(w.shape, jnp.float32), varying_axes(w)), weights),
+      jax.tree.map(
+        lambda a: vary(jnp.zeros(a.shape, a.dtype), BATCH_AXES),
+        jax.eval_shape(lambda: microbatch_loss(weights, first, no_load_LE)[1]),
+      ),
+    )
+    (total, sums), _ = lax.scan(add, start, batch)
+
+  def reduce(placed, grad):
+    grad = grad.astype(jnp.float32)
+    if placed.zero_dim is None:
+      return lax.psum(grad, placed.zero_axes)
+    return lax.psum_scatter(grad, placed.zero_axes, scatter_dimension=placed.zero_dim, tiled=True)
+
+  return jax.tree.map(reduce, placements, total, is_leaf=_is_placement), losses.sum_over_mesh(sums), counts
+
+
+def _metrics(sums: losses.Sums, counts: losses.Counts, grads, balance, config: Config) -> dict:
+  """Scalars of one step, and load_LE."""
+  model = config.model
+  means = sums.nats / jnp.maximum(counts.predicted, 1)
+  routed = jnp.maximum(counts.routed, 1)
+  assignments = jnp.maximum(sums.router.load_E.sum(), 1)
+  routed_L = jnp.concatenate([jnp.broadcast_to(routed[:1], (model.num_moe_layers,)), routed[1:]])
+  mtp_loss = means[1:].mean() if model.mtp_depth else jnp.zeros(())
+  metrics = {
+    'loss': means[0],
+    'total_loss': means[0] + config.train.mtp_weight * mtp_loss + sums.aux + sums.z,
+    'mtp_loss': mtp_loss,
+    'aux_loss': sums.aux,
+    'z_loss': sums.z,
+    'batch_tokens': counts.predicted[0],
+    'drop_rate': sums.router.dropped.sum() / assignments,
+    'gate_entropy': (sums.router.entropy_sum / routed_L).mean(),
+    'bias_min': balance['bias_LE'].min(),
+    'bias_max': balance['bias_LE'].max(),
+    'load_LE': sums.router.load_E,
+  }
+  squares = {}
+  for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+    group = parameter_group(path)
+    squares[group] = squares.get(group, 0.0) + jnp.sum(grad * grad)
+  metrics |= {f'grad_norm/{group}': jnp.sqrt(square) for group, square in sorted(squares.items())}
+  return metrics | {'grad_norm': jnp.sqrt(sum(squares.values()))}
+
+
+def parameter_group(path) -> str:
+  """The group a parameter's gradient norm is reported under."""
+  keys = [key.key for key in path]
+  name = keys[-1]
+  if keys[0] == 'mtp':
+    return 'mtp'
+  if name.startswith('scale'):
+    return 'norm'
+  if name.startswith(('w_router', 'w_embedding', 'w_head')):
+    return name.split('_')[1]
+  return next(part for part in ('attention', 'experts', 'shared', 'ffn') if part in keys)
