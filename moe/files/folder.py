@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from moe.errors import UserError
-from moe.files import write_atomically
+from moe.files import sweep_temporaries, write_atomically
 from moe.files.lock import try_lock
 
 PLAN, LOCK = 'plan.json', 'lock'
@@ -39,10 +39,11 @@ def new_folder(target: Path, plan: dict):
         if _read(partial / PLAN) != json.loads(json.dumps(plan)):
           _clear(partial)
           write_atomically(partial / PLAN, json.dumps(plan))
+        sweep_temporaries(partial)
         yield partial
         (partial / PLAN).unlink()
-        (partial / LOCK).unlink()
         os.rename(partial, target)
+        (target / LOCK).unlink()  # last: who came before the folder had its name would take it for a killed one's
       except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise

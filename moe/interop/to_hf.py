@@ -60,7 +60,7 @@ def export_run(
     kind = f'{dtype} and {quantize}' if quantize else dtype
     lines = [f'{target}: step {weights.step} of {run}, {total_bytes:,} bytes of {kind}, files: {len(files)}']
     lines += [*weights.remarks, *_write_tokenizer(folder, run, tokenizer, said)]
-    digests.write(folder, {path.name for path in folder.iterdir()} - {PLAN, LOCK})
+    digests.write(folder, {path.name for path in folder.iterdir()} - {PLAN, LOCK, digests.FILE})  # that of a killed one
     return lines
 
 

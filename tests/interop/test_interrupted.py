@@ -1,5 +1,6 @@
 """Exports and imports that are killed: no folder that looks whole, and the next one goes on."""
 
+import os
 import pathlib
 import signal
 import subprocess
@@ -11,8 +12,9 @@ from our_runs import make_run, random_arrays, read_run
 
 from moe.config import Config
 from moe.errors import UserError
+from moe.files import digests
 from moe.files.folder import new_folder
-from moe.interop import from_hf, shards, to_hf
+from moe.interop import from_hf, load, shards, to_hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOST_GB = 20e3 / 1e9
@@ -119,6 +121,43 @@ def test_killed_import_goes_on(when, run, tiny_model, tmp_path, monkeypatch):
   ]
   assert [path.name for path in (target / 'checkpoints').iterdir()] == ['0']
   assert not partial.exists()
+
+
+@pytest.mark.parametrize('when', ['writing', 'sealed'])
+def test_export_killed_at_its_end_goes_on(when, run, tmp_path, monkeypatch):
+  """What the killed one left of its digests is no part of the folder."""
+  write = digests.write
+
+  def die(folder, parts):
+    if when == 'sealed':
+      write(folder, parts)
+    else:
+      (folder / f'{digests.FILE}.{"0" * 32}.tmp').touch()
+    raise KeyboardInterrupt  # which leaves as much as a kill
+
+  with monkeypatch.context() as patch:
+    patch.setattr(digests, 'write', die)
+    with pytest.raises(KeyboardInterrupt):
+      to_hf.export_run(run, tmp_path / 'hf', 'float32')
+  to_hf.export_run(run, tmp_path / 'hf', 'float32')
+  to_hf.export_run(run, tmp_path / 'expected', 'float32')
+  assert contents(tmp_path / 'hf') == contents(tmp_path / 'expected')
+  load.open_checkpoint(tmp_path / 'hf')
+
+
+def test_who_comes_as_a_folder_takes_its_name_leaves_it_alone(tmp_path, monkeypatch):
+  rename = os.rename
+
+  def meanwhile(*names):
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r'another process is writing .*hf'), new_folder(tmp_path / 'hf', {}):
+      pass
+    rename(*names)
+
+  monkeypatch.setattr(os, 'rename', meanwhile)
+  with new_folder(tmp_path / 'hf', {}) as folder:
+    (folder / 'file').touch()
+  assert contents(tmp_path / 'hf') == {'file': b''}
 
 
 def test_two_at_once(tmp_path):
