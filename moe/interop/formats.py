@@ -23,6 +23,7 @@ from moe.interop.names import Tensor
 from moe.interop.shards import DTYPES, EXPONENT, FLOATS, Stored
 from moe.ops import weights
 from moe.ops.fp8 import BLOCKS
+from moe.validation import MOST_EXPERTS
 
 SCALE_INV, PACKED, SCALE = '_scale_inv', '_packed', '_scale'
 BLOCK, GROUP = BLOCKS[0], weights.GROUP
@@ -94,7 +95,8 @@ def unified(stored: dict[str, Stored]) -> dict[str, Stored]:
   """
   found = {}
   for name, one in stored.items():
-    fused = FUSED.fullmatch(name) if len(one.shape) == 3 and math.prod(one.shape) and one.dtype in DTYPES else None
+    experts = one.shape[0] if len(one.shape) == 3 and math.prod(one.shape) and one.dtype in DTYPES else 0
+    fused = FUSED.fullmatch(name) if 0 < experts <= MOST_EXPERTS else None
     found |= _experts(one, *fused.groups('')) if fused else {name: one}
   for name, one in found.items():
     if one.dtype == EXPONENT and name.removesuffix(SCALE) + PACKED in found:

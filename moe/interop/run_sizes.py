@@ -9,18 +9,17 @@ from pathlib import Path
 from moe.config import ModelConfig
 from moe.errors import UserError, short
 from moe.files import read_json
+from moe.train.saved import Newest
 
 
 def check_layers(run: Path, model: ModelConfig) -> None:
-  """Compares the layers that are not stacked with the names in the run's newest checkpoint, if it has one.
+  """Compares the layers that are not stacked with the names in the run's newest checkpoint.
 
   Raises:
-    UserError: the checkpoint holds fewer, or its list of arrays is damaged.
+    UserError: there is none, it holds fewer, or its list of arrays is damaged.
   """
-  steps = [int(path.name) for path in (run / 'checkpoints').iterdir() if path.name.isdecimal()]
-  if not steps:
-    return
-  file = run / 'checkpoints' / str(max(steps)) / 'params' / '_METADATA'  # Orbax's list of the arrays
+  newest = Newest(run)  # which a training that goes on does not delete meanwhile
+  file = newest.path / 'params' / '_METADATA'  # Orbax's list of the arrays
   arrays = read_json(file).get('tree_metadata')
   if not isinstance(arrays, dict):
     raise UserError(f'checkpoint {file} is damaged: its tree_metadata is {short(arrays)}')
@@ -29,6 +28,6 @@ def check_layers(run: Path, model: ModelConfig) -> None:
     held = len({name.split('.')[1] for name in names if name.startswith(f'{prefix}.')})
     if getattr(model, field) > held:
       raise UserError(
-        f'{run / "config.json"} has model.{field} = {getattr(model, field)}, and the checkpoint of step {max(steps)} '
+        f'{run / "config.json"} has model.{field} = {getattr(model, field)}, and the checkpoint of step {newest.step} '
         f'holds {held}: it does not fit the model'
       )

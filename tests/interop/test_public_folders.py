@@ -16,8 +16,9 @@ from moe.data.tokenizer import load_saved
 from moe.errors import UserError
 from moe.files import read_json
 from moe.inference import load as inference
-from moe.interop import from_hf, hf_config, load, shards, to_hf
+from moe.interop import from_hf, hf_config, load, run_sizes, shards, to_hf
 from moe.model import transformer
+from moe.train import saved
 from moe.train.checkpoint import flatten
 
 PLAIN = hf_cases.fields_of('plain') | {'num_hidden_layers': 2, 'moe_intermediate_size': 8}
@@ -76,7 +77,11 @@ def test_experts_in_one_tensor(plain, tmp_path, mesh_of):
 
 @pytest.mark.parametrize(
   ('shape', 'says'),
-  [((8, 15, 16), 'has 15 rows, which are no two whole halves'), ((9, 16, 16), 'unknown tensor .*experts.8.gate_proj')],
+  [
+    ((8, 15, 16), 'has 15 rows, which are no two whole halves'),
+    ((9, 16, 16), 'unknown tensor .*experts.8.gate_proj'),
+    ((2**16 + 1, 2, 1), 'unknown tensor .*experts.gate_up_proj'),  # not one by one: a file may hold any number
+  ],
 )
 def test_experts_that_cannot_be_told_apart(shape, says, plain, tmp_path):
   wrong = {'model.layers.1.mlp.experts.gate_up_proj': np.zeros(shape, np.float32)}
@@ -259,6 +264,21 @@ def test_layers_that_a_run_does_not_hold(plain, tmp_path, monkeypatch):
   (tmp_path / 'run' / 'checkpoints' / '0' / 'params' / '_METADATA').write_text('{"tree_metadata": 3}')
   with pytest.raises(UserError, match='is damaged: its tree_metadata is 3'):
     to_hf.export_run(tmp_path / 'run', tmp_path / 'back')
+
+
+def test_layers_are_read_from_a_checkpoint_that_is_held(plain, tmp_path, monkeypatch):
+  """Of a run that is training, which deletes what nobody holds."""
+  hf_cases.write(tmp_path / 'hf', PLAIN, plain)
+  from_hf.import_run(tmp_path / 'hf', tmp_path / 'run')
+  held = []
+
+  def read(file):
+    held.append(not saved.is_free(file.parents[1]))
+    return read_json(file)
+
+  monkeypatch.setattr(run_sizes, 'read_json', read)
+  run_sizes.check_layers(tmp_path / 'run', load.open_checkpoint(tmp_path / 'hf').model)
+  assert held == [True]
 
 
 def test_files_that_are_none(plain, tmp_path):
