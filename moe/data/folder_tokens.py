@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe.errors import UserError, short
-from moe.files import MAX_JSON_BYTES, digests, parse_json, read_bytes, replacing
+from moe.files import MAX_JSON_BYTES, digests, parse_json, read_bytes, replacing, sweep_temporaries
 
 KEPT = 'hf'
 CONFIG, GENERATION, TOKENIZER = 'config.json', 'generation_config.json', 'tokenizer_config.json'
@@ -123,6 +123,7 @@ NOTHING = FolderTokens(Path(), {})
 
 def seal(run: Path) -> None:
   """Writes digests of a run's tokenizer and of what it keeps beside it. Raises OSError, UserError."""
+  sweep_temporaries(run / KEPT)
   digests.write(run, ('tokenizer.json', KEPT))
 
 

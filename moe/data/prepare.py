@@ -108,11 +108,11 @@ def describe(path: Path, corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, R
   }
   known = {name: old.get(name) for name in COSTS}
   new |= known if all(map(_is_cost, known.values())) else costs(corpus, data)
-  if _own_digest(path) != tokenizer.digest or not (path / digests.FILE).exists():
+  if new != old:  # first: whoever is killed before the tokenizer is there finds its digest, and writes it again
+    write_json(file, new)
+  if _own_digest(path) != tokenizer.digest or digests.damage(path, ['tokenizer.json']):
     tokenizer.save(path / 'tokenizer.json')
     folder_tokens.seal(path)
-  if new != old:
-    write_json(file, new)
   return _lines(path, old, new)
 
 
@@ -160,17 +160,18 @@ def _check_same(path: Path, old: dict, corpus: Corpus, tokenizer: Tokenizer):
   if tokenizer.digest == kept or (kept is None and own is None):
     return
   # Runs of older versions kept no digest, and another version of the library may spell the same tokenizer otherwise.
-  if own is None or kept not in (None, own) or load_saved(file).digest != tokenizer.digest:
+  begun = (None, own, own and _own_digest(path, str(tokenizer.bos_id)))  # the latter: where a folder names BOS
+  if own is None or kept not in begun or load_saved(file).digest != tokenizer.digest:
     raise UserError(
       f'the run in {path} began with another tokenizer ({old.get("tokenizer", file)}) than this {tokenizer.name}; '
       'restore it or choose another workdir'
     )
 
 
-def _own_digest(path: Path) -> str | None:
-  """sha256 (hex) of the run's tokenizer.json as it was saved; None if there is none."""
+def _own_digest(path: Path, bos: str = '') -> str | None:
+  """sha256 (hex) of the run's tokenizer.json as it was saved, and of `bos` behind it; None if there is none."""
   file = path / 'tokenizer.json'
-  return hashlib.sha256(read_bytes(file)).hexdigest() if os.path.lexists(file) else None
+  return hashlib.sha256(read_bytes(file) + bos.encode()).hexdigest() if os.path.lexists(file) else None
 
 
 def _is_cost(value) -> bool:

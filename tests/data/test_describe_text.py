@@ -1,5 +1,6 @@
 """What a run writes down of its text, and which text and tokenizer it goes on with."""
 
+import hashlib
 import json
 
 import pytest
@@ -103,12 +104,45 @@ def test_another_tokenizer_is_refused(tmp_path, older, name):
 
 def test_a_tokenizer_that_is_spelled_otherwise_is_the_same(run):
   """As by another version of the library; the run's own file says which it was."""
+  respell(run)
+  describe(run)
+  assert data_of(run)['tokenizer_digest'] == BPE.digest == prepare._own_digest(run)
+
+
+def respell(run, bos=''):
+  """Another spelling of the run's tokenizer.json, as an older version of the library has it."""
   spelled = json.dumps(json.loads((run / 'tokenizer.json').read_text()), indent=7)
   (run / 'tokenizer.json').write_text(spelled)
   folder_tokens.seal(run)
-  change(run, tokenizer_digest=prepare._own_digest(run))
+  change(run, tokenizer_digest=hashlib.sha256((spelled + bos).encode()).hexdigest())
+
+
+def test_a_tokenizer_whose_folder_names_bos_may_be_spelled_otherwise_too(tmp_path):
+  run, folder = tmp_path / 'run', tmp_path / 'folder'
+  folder.mkdir()
+  (folder / 'tokenizer_config.json').write_text('{"bos_token": "the"}')
+  word_tokenizer(folder / 'tokenizer.json')
+  tokenizer = load_saved(folder / 'tokenizer.json')
+  describe(run, tokenizer=tokenizer)
+  respell(run, '2')
+  describe(run, tokenizer=tokenizer)
+  assert data_of(run)['tokenizer_digest'] == tokenizer.digest
+  respell(run, '3')  # documents began with another token
+  with pytest.raises(UserError, match='began with another tokenizer'):
+    describe(run, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize('at', ['save', 'seal'])
+def test_a_start_that_is_killed_on_its_way_to_another_spelling(run, at, monkeypatch):
+  respell(run)
+  owner = {'save': type(BPE), 'seal': folder_tokens}[at]
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, at, lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      describe(run)
   describe(run)
   assert data_of(run)['tokenizer_digest'] == BPE.digest == prepare._own_digest(run)
+  assert load_saved(run / 'tokenizer.json').digest == BPE.digest
 
 
 def test_a_tokenizer_json_that_was_changed_is_not_believed(run):

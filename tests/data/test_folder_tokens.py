@@ -8,6 +8,7 @@ import tokenizers
 from moe.data import folder_tokens
 from moe.data.tokenizer import JsonTokenizer, load_saved
 from moe.errors import UserError
+from moe.files import read_json
 
 WORDS = ['<unk>', '<s>', '</s>', '[BOS]', '[gMASK]', '<|endoftext|>', 'a', 'b']
 BEGIN, OTHER, GUESS = 3, 4, 1  # tokens that a folder may name; what is taken where it names none
@@ -119,5 +120,10 @@ def test_a_run_keeps_what_the_folder_said(tmp_path):
     assert sorted(found.texts) == ['chat_template.jinja', 'config.json', 'generation_config.json']
     again = load_saved(run / 'tokenizer.json')
     assert (again.bos_id, again.digest, again.folder.chat_template()) == (BEGIN, first.digest, '{{ bos_token }}')
+  left = tmp_path / 'run/hf' / f'config.json.{"0" * 32}.tmp'  # by a start that was killed
+  left.touch()
+  folder_tokens.seal(tmp_path / 'run')
+  assert not left.exists()
+  assert f'hf/{left.name}' not in read_json(tmp_path / 'run/digests.json')
   # Encoded documents begin with BOS and are kept by the digest.
   assert JsonTokenizer(first.to_json()).digest != first.digest
