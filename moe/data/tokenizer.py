@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, a BPE trained on the corpus, or any `tokenizer.json`."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -140,7 +141,8 @@ class JsonTokenizer(Tokenizer):
 
   def _bos(self, vocab):
     """BOS, remarks for the user, and what stands before a prompt."""
-    encoding = self._tokenizer.encode('a')
+    with _encoding():
+      encoding = self._tokenizer.encode('a')
     marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)  # 1: put there by the template
     of_template = tuple(id for id, _ in itertools.takewhile(lambda pair: pair[1], marked))
     known = lambda id: self.token_text(id) is not None
@@ -173,12 +175,14 @@ class JsonTokenizer(Tokenizer):
       decoded = [text.decode('utf-8') for text in texts]
     except UnicodeDecodeError as error:
       raise UserError(f'tokenizer {self.name} needs UTF-8 text: {error}') from error
-    encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
+    with _encoding():
+      encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode_special(self, text: str) -> list[int]:
     special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
-    return special.encode(text, add_special_tokens=False).ids
+    with _encoding():
+      return special.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
@@ -200,6 +204,17 @@ class JsonTokenizer(Tokenizer):
 
   def to_json(self) -> str:
     return self._tokenizer.to_str()
+
+
+@contextlib.contextmanager
+def _encoding():
+  """Around the library's encoding: what it cannot encode, such as a word where it has no [UNK], is a UserError."""
+  try:
+    yield
+  except UnicodeError:  # of the text, which is no mistake in the tokenizer
+    raise
+  except Exception as error:  # the library raises nothing more specific
+    raise UserError(f'tokenizer cannot encode every text: {error}') from error
 
 
 def _check_growth(normalizer):

@@ -188,6 +188,16 @@ def test_usual_normalizers_are_not_refused():
   assert found.encode(b'the').tolist() == [7]
 
 
+@pytest.mark.parametrize('words', [('<s>', 'the'), ('<s>', 'the', 'a')])
+def test_words_that_a_tokenizer_cannot_encode(words, tmp_path):
+  """Where a file names an unknown token that its vocabulary lacks, the library raises what is no ValueError."""
+  path = tmp_path / 'words.json'
+  model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='[UNK]')
+  tokenizers.Tokenizer(model).save(str(path))
+  with pytest.raises(UserError, match=r'tokenizer cannot encode every text: .*Missing \[UNK\] token'):
+    load_saved(path).encode(b'unheard')
+
+
 def test_save_and_restore(bpe, tmp_path):
   words = load_saved(word_file(tmp_path / 'word.json', '<s>', 'a'))
   for tokenizer in (ByteTokenizer(), bpe, words):
