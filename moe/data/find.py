@@ -99,7 +99,7 @@ def _glob(pattern: str, own: frozenset[str]) -> Iterator[str]:
   if not deep:
     yield from glob.glob(pattern)
     return
-  for base in glob.glob(head):
+  for base in filter(os.path.isdir, glob.glob(head)):
     for folder, _ in walk(base, own):
       yield from _glob(os.path.join(glob.escape(folder), tail or '*'), own)
 

@@ -146,6 +146,7 @@ def test_globs_are_those_of_the_library(text, monkeypatch):
   import glob
 
   write(text / 'a/deep/er/4.txt')
+  write(text / '0.txt')  # which '*/**' matches as well, and is no folder
   monkeypatch.chdir(text)
   for pattern in (
     '**/*.txt',
@@ -156,6 +157,8 @@ def test_globs_are_those_of_the_library(text, monkeypatch):
     '**/a/*',
     './**/er/*.txt',
     '?/*.txt',
+    '*/**/*.txt',
+    '[ab0]*/**/*.txt',
   ):
     expected = {os.path.realpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
     assert {path for path, _ in find(pattern)} == expected
