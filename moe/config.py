@@ -299,13 +299,11 @@ def _build(cls, values, path):
 
 
 def _typed(kind, value, name):
-  if kind is float and type(value) is int:
-    value = float(value)
-  if type(value) is not kind:
+  if type(value) is not kind and not (kind is float and type(value) is int):
     raise UserError(f'config {name} = {value!r} has type {type(value).__name__}; it must be of type {kind.__name__}')
-  if kind is float and not abs(value) <= MAX_FLOAT:
+  if kind is float and not abs(value) <= MAX_FLOAT:  # asked first: an integer may be larger than any float
     raise UserError(f'config {name} = {value!r} must be a finite number of float32')
   most = MAX_SEED if name == 'train.seed' else MAX_INT
   if kind is int and value > most:
     raise UserError(f'config {name} = {value} must be at most {most}')
-  return value
+  return kind(value)

@@ -291,7 +291,7 @@ def _rope_from_hf(fields, file):
     if on_sines is None:
       on_sines = _term(factor, mscale) / _term(factor, all_dim) if mscale and all_dim else _term(factor, 1)
     on_sines = float(on_sines)
-  except (TypeError, ValueError, ZeroDivisionError) as error:
+  except (TypeError, ValueError, ArithmeticError) as error:  # an integer may be larger than any float
     raise UserError(f'{file} has rope_scaling = {short(rope)}, which is not a set of numbers: {error}') from error
   if abs(on_sines - 1) > 1e-6:
     raise UserError(

@@ -83,6 +83,8 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 
     ({'rope_scaling': YARN | {'attention_factor': 1.0, 'truncate': False}}, 'rope_scaling.truncate = False'),
     ({'rope_scaling': 'yarn'}, "rope_scaling = 'yarn'"),
     ({'rope_scaling': YARN | {'factor': 'four'}}, 'not a set of numbers'),
+    ({'rope_scaling': YARN | {'factor': 10**400}}, 'not a set of numbers'),
+    ({'rms_norm_eps': 10**400}, 'must be a finite number'),
     ({'rope_scaling': YARN | {'partial_rotary_factor': 0.5}}, 'rope_scaling = '),
     ({'quantization_config': {'quant_method': 'gptq'}}, "quantization_config = {'quant_method': 'gptq'}"),
     ({'quantization_config': MXFP4 | {'config_groups': {'group_0': {'weights': INT4}}}}, "'type': 'int'"),
