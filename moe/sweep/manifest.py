@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import moe
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.files import read_json, write_json
+from moe.files import read_json, sweep_temporaries, write_json
 from moe.sweep.variants import Variant, check_names, flatten, overlay
 
 FILE, LOCK = 'sweep.json', '.lock'
@@ -93,8 +93,10 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
     fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that add to the folder take turns
     if (folder / FILE).exists():
       sweep = _merge(folder, read(folder), sweep)
-    elif any(file.name != LOCK for file in folder.iterdir()):
-      raise foreign
+    else:
+      sweep_temporaries(folder)  # of a command that was killed while it wrote the first sweep.json
+      if any(file.name != LOCK for file in folder.iterdir()):
+        raise foreign
     _write(folder, sweep)
   return sweep
 

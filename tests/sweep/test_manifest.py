@@ -82,6 +82,15 @@ def test_two_commands_that_start_in_a_new_folder_lose_nothing(tmp_path, monkeypa
   assert manifest.read(tmp_path).seeds == (1, 2)
 
 
+def test_a_command_that_was_killed_before_there_was_a_sweep(tmp_path):
+  """While it wrote the first sweep.json, under another name."""
+  (tmp_path / manifest.LOCK).touch()
+  (tmp_path / f'{manifest.FILE}.{"0" * 32}.tmp').write_text('{')
+  manifest.open_folder(tmp_path, sweep(seeds=(1,)))
+  assert manifest.read(tmp_path).seeds == (1,)
+  assert sorted(path.name for path in tmp_path.iterdir()) == [manifest.LOCK, manifest.FILE]
+
+
 @pytest.mark.parametrize(
   ('other', 'message'),
   [
