@@ -29,6 +29,7 @@ BOS_NAMES = (
   *('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>'),
   *('<bos>', '[BOS]', '<|startoftext|>', '<|endoftext|>'),
 )
+CANNOT = 'tokenizer cannot encode every text: '
 MIN_BPE_VOCAB = 258  # 256 bytes, BOS and one merge; with less it is the byte tokenizer
 
 
@@ -126,10 +127,8 @@ class JsonTokenizer(Tokenizer):
       ValueError: `text` is no tokenizer.json.
       UserError: nothing names BOS and none of BOS_NAMES is there; or as `FolderTokens.bos`.
     """
-    try:
+    with library_errors(ValueError):
       self._tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more specific
-      raise ValueError(str(error)) from error
     _check_growth(self._tokenizer.normalizer)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -141,7 +140,7 @@ class JsonTokenizer(Tokenizer):
 
   def _bos(self, vocab):
     """BOS, remarks for the user, and what stands before a prompt."""
-    with _encoding():
+    with library_errors(UserError, CANNOT):
       encoding = self._tokenizer.encode('a')
     marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)  # 1: put there by the template
     of_template = tuple(id for id, _ in itertools.takewhile(lambda pair: pair[1], marked))
@@ -175,13 +174,13 @@ class JsonTokenizer(Tokenizer):
       decoded = [text.decode('utf-8') for text in texts]
     except UnicodeDecodeError as error:
       raise UserError(f'tokenizer {self.name} needs UTF-8 text: {error}') from error
-    with _encoding():
+    with library_errors(UserError, CANNOT):
       encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def encode_special(self, text: str) -> list[int]:
-    special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
-    with _encoding():
+    with library_errors(UserError, CANNOT):
+      special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
       return special.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -207,14 +206,21 @@ class JsonTokenizer(Tokenizer):
 
 
 @contextlib.contextmanager
-def _encoding():
-  """Around the library's encoding: what it cannot encode, such as a word where it has no [UNK], is a UserError."""
+def library_errors(kind: type[Exception], what: str = ''):
+  """Around calls of `tokenizers`, which raises plain Exceptions, and for some damaged files what is not even that.
+
+  Args:
+    kind: what is raised instead.
+    what: begins its message.
+  """
   try:
     yield
   except UnicodeError:  # of the text, which is no mistake in the tokenizer
     raise
-  except Exception as error:  # the library raises nothing more specific
-    raise UserError(f'tokenizer cannot encode every text: {error}') from error
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':  # which no module exports
+      raise
+    raise kind(f'{what}{error}') from error
 
 
 def _check_growth(normalizer):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe.config import Config
 from moe.data import folder_tokens
-from moe.data.tokenizer import load_saved
+from moe.data.tokenizer import library_errors, load_saved
 from moe.errors import UserError
 from moe.files import write_atomically
 from moe.files.folder import new_folder
@@ -75,10 +75,8 @@ def _tokenizer(checkpoint: Checkpoint) -> Path | None:
   file, vocabulary = checkpoint.folder / 'tokenizer.json', checkpoint.model.vocab_size
   if not file.is_file():
     return None
-  try:
+  with library_errors(UserError, f'cannot read {file}: '):
     ids = tokenizers.Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
-  except Exception as error:  # the library raises nothing more precise
-    raise UserError(f'cannot read {file}: {error}') from error
   if max(ids, default=0) >= vocabulary:
     raise UserError(f'{file} has a token {max(ids)} and the model a vocabulary of {vocabulary}: ids must be below that')
   return file

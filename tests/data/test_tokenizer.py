@@ -198,6 +198,21 @@ def test_words_that_a_tokenizer_cannot_encode(words, tmp_path):
     load_saved(path).encode(b'unheard')
 
 
+def test_files_at_which_the_library_panics(bpe, tmp_path):
+  """In a template that names a token it does not describe, and at two tokens of one id: no Exception is raised."""
+  path = tmp_path / 'file.json'
+  fields = json.loads(bpe.to_json())
+  piece = {'SpecialToken': {'id': 'gone', 'type_id': 0}}
+  template = {'type': 'TemplateProcessing', 'single': [piece], 'pair': [], 'special_tokens': {}}
+  path.write_text(json.dumps(fields | {'post_processor': template}))
+  with pytest.raises(UserError, match='tokenizer cannot encode every text: no entry found'):
+    load_saved(path)
+  vocab = fields['model']['vocab'] | {'t': 0}
+  path.write_text(json.dumps(fields | {'model': fields['model'] | {'vocab': vocab}}))
+  with pytest.raises(UserError, match='tokenizer'):
+    load_saved(path).encode_special('the <s>')
+
+
 def test_save_and_restore(bpe, tmp_path):
   words = load_saved(word_file(tmp_path / 'word.json', '<s>', 'a'))
   for tokenizer in (ByteTokenizer(), bpe, words):
