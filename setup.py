@@ -1,20 +1,25 @@
 """Packaging of moe-lossfree; tool settings are in pyproject.toml."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
+HOME = pathlib.Path(__file__).parent
 TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel']
 
 setup(
   name='moe-lossfree',
-  version='0.1.0',
+  version=re.search(r"^__version__ = '(.*)'", (HOME / 'moe/__init__.py').read_text('utf-8'), re.MULTILINE)[1],
   description='Loss-free balanced mixture-of-experts language models in JAX',
-  long_description=(pathlib.Path(__file__).parent / 'README.md').read_text('utf-8'),
+  long_description=(HOME / 'README.md').read_text('utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
-  packages=find_packages(include=['moe', 'moe.*']),
+  packages=[*find_packages(include=['moe', 'moe.*']), 'moe.configs', 'moe.configs.sweeps'],
+  package_dir={'moe.configs': 'configs'},  # beside moe/ in a checkout, in it where it is installed
+  package_data={'moe': ['py.typed'], 'moe.configs.sweeps': ['*.txt']},
+  entry_points={'console_scripts': ['moe = moe.commands:main']},
   install_requires=[
     'jax>=0.10.2',
     'flax>=0.12',

@@ -1,28 +1,11 @@
-"""Writes summary.json and report.html into run directories and prints the summaries; of a sweep, its report.
+"""`moe report`, from a checkout that is not installed; moe/commands/report.py says what it does."""
 
-python experiments/report.py RUN_DIR_OR_SWEEP [RUN_DIR_OR_SWEEP...]
-"""
-
-import json
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from moe import cli
-from moe.errors import UserError
-from moe.files.paths import local_path
-from moe.report.html import write_report
-from moe.report.sweep import write_sweep_report
-from moe.sweep import manifest
-
-
-def main(argv):
-  if len(argv) < 2:
-    raise UserError('no run directory given; usage: python experiments/report.py RUN_DIR [RUN_DIR...]')
-  for path in [local_path(arg, 'run directory') for arg in argv[1:]]:
-    print(write_sweep_report(path) if (path / manifest.FILE).exists() else json.dumps(write_report(path), indent=2))
-
+from moe.commands import start
 
 if __name__ == '__main__':
-  cli.run(main)
+  start('report')

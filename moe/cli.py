@@ -1,4 +1,4 @@
-"""What every script under experiments/ shares: its settings, and how it ends, without a traceback unless it is a bug.
+"""What every command shares: its settings, and how it ends, without a traceback unless it is a bug.
 
 Statuses: 0, 1 where a script says so, 2 after a mistake or where memory or disk ran out, 130 after Ctrl-C, 141 if
 nobody reads what it prints any more.
@@ -12,15 +12,13 @@ import select
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import app, flags, logging
 
 from moe.config import KINDS, Config, from_config_dict, nearest, parsed
 from moe.errors import UserError, one_line
-from moe.files.paths import local_path, refuse_address, run_python, users_code
+from moe.files.paths import config_file, refuse_address, run_python, users_code
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 HELP = re.compile('--?help(short|full|xml)?')
 INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
@@ -70,13 +68,13 @@ def fail(error) -> None:
 
 
 def define_config(default: str) -> Callable[[], Config]:
-  """Declares --config, a file of configs/ by default, and --config.KEY for every setting.
+  """Declares --config, by default the one of this name in configs/, and --config.KEY for every setting.
 
   Returns:
     What makes the `Config` of them, once flags are parsed. It raises UserError.
   """
   file = flags.DEFINE_string(
-    'config', str(CONFIGS / default), 'A file of configs/, with ":key=value,..." if wanted; --config.KEY sets a key.'
+    'config', default, 'tiny, a path, ..., with ":key=value,..." if wanted; --config.KEY sets a key.'
   )
   given = {}
   for key, kind in KINDS.items():
@@ -88,17 +86,22 @@ def define_config(default: str) -> Callable[[], Config]:
     path, colon, arg = file.value.partition(':')
     changes = {key: flag.value for key, flag in given.items() if flag.value is not None}
     changes = {key: parsed(key, text) if isinstance(text, str) else text for key, text in changes.items()}
-    path = local_path(path, '--config')
-    get_config = run_python(path, '--config').get('get_config')
-    if not callable(get_config):
-      raise UserError(f'--config = {str(path)!r} defines no get_config(); see configs/default.py')
-    with users_code(path, '--config'):
-      settings = get_config(arg) if colon else get_config()
-    if not hasattr(settings, 'keys'):
-      raise UserError(f'get_config() of --config = {str(path)!r} gives {type(settings).__name__}, not settings')
-    return from_config_dict(settings, changes)
+    return from_config_dict(read_config(path, *([arg] if colon else [])), changes)
 
   return config
+
+
+def read_config(name: str, *arg: str):
+  """The settings, as a ConfigDict, of a config given by name or path. Raises UserError."""
+  path = config_file(name, '--config')
+  get_config = run_python(path, '--config').get('get_config')
+  if not callable(get_config):
+    raise UserError(f'--config = {str(path)!r} defines no get_config(); see configs/default.py')
+  with users_code(path, '--config'):
+    settings = get_config(*arg)
+  if not hasattr(settings, 'keys'):
+    raise UserError(f'get_config() of --config = {str(path)!r} gives {type(settings).__name__}, not settings')
+  return settings
 
 
 def _nobody_reads() -> bool:

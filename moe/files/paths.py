@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,12 @@ from typing import Any
 
 from moe.errors import UserError
 from moe.files import read_bytes
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = PACKAGE / 'configs'  # where a wheel puts them
+if not CONFIGS.is_dir():
+  CONFIGS = PACKAGE.parent / 'configs'  # of a checkout
+COMMAND = sys.executable, str(PACKAGE / '__main__.py')  # starts `moe` again, also where it is not installed
 
 ADDRESS = re.compile(r'[A-Za-z][A-Za-z0-9+.-]+:/')  # gs://bucket, or what pathlib makes of it: gs:/bucket
 
@@ -36,6 +43,21 @@ def local_path(text: str | Path, name: str) -> Path:
   except (OSError, ValueError) as error:  # ValueError: a NUL in the path
     raise UserError(f'{name} = {str(text)!r}: {getattr(error, "strerror", None) or error}') from error
   return path
+
+
+def config_file(text: str, name: str) -> Path:
+  """The file of a config that a user gave as `name`: by its path, or as 'tiny' for that of configs/.
+
+  Raises:
+    UserError: as `local_path`; or there is neither such a file nor such a config.
+  """
+  path = local_path(text, name)
+  if path.suffix or len(path.parts) > 1 or path.exists():
+    return path
+  if not (CONFIGS / f'{text}.py').is_file():
+    known = ', '.join(sorted(file.stem for file in CONFIGS.glob('*.py')))
+    raise UserError(f'{name} = {text!r} is no file, and no config that comes with this package: {known}')
+  return CONFIGS / f'{text}.py'
 
 
 def run_python(path: Path, name: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import socket
 import threading
 
 from moe.errors import UserError, one_line
-from moe.sweep.jobs import POLL_S, ROOT, Job, Result, run_job
+from moe.files.paths import PACKAGE
+from moe.sweep.jobs import POLL_S, Job, Result, run_job
 
 CONNECT_S, JOIN_S = 5.0, 60.0  # for a port to answer, and for Ray to be what answers
 
@@ -83,7 +84,7 @@ class Ray:
       address=address or None,
       log_to_driver=False,
       logging_level='error',
-      runtime_env={'env_vars': {'PYTHONPATH': str(ROOT), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}},
+      runtime_env={'env_vars': {'PYTHONPATH': str(PACKAGE.parent), 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0'}},
     )
     try:
       _within(JOIN_S, join) if _names_a_cluster(address) else join()

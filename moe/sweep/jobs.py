@@ -23,10 +23,10 @@ import tqdm
 from moe.errors import UserError, one_line
 from moe.files import parse_json, read_json, step_of
 from moe.files.lock import try_lock
+from moe.files.paths import COMMAND
 from moe.sweep.manifest import LOCK, RunOf
 from moe.sweep.variants import flatten
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOG = 'log.txt'
 PROMPT = '$ '  # begins each attempt's command in the log
 POLL_S = 0.5
@@ -56,12 +56,12 @@ class Result(NamedTuple):
 
 
 def job_of(run: RunOf, workdir: pathlib.Path) -> Job:
-  """The job whose command is experiments/train.py with all settings that differ from the defaults."""
+  """The job whose command is `moe train` with all settings that differ from the defaults."""
   folder = workdir.resolve() / run.folder
   defaults = flatten(type(run.config)())
   changed = [f'--config.{key}={value}' for key, value in flatten(run.config).items() if value != defaults[key]]
-  script = [sys.executable, str(ROOT / 'experiments/train.py'), f'--config={ROOT / "configs/default.py"}']
-  return Job(folder, (*script, f'--workdir={folder}', *changed), pathlib.Path.cwd(), run.config.train.steps)
+  command = *COMMAND, 'train', '--config=default'
+  return Job(folder, (*command, f'--workdir={folder}', *changed), pathlib.Path.cwd(), run.config.train.steps)
 
 
 def run_all(jobs: Sequence[Job], backend, limit: int) -> list[Result]:

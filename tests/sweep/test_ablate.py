@@ -92,7 +92,7 @@ def test_a_sweep_leaves_everything_behind(finished):
   for variant, rule in zip(VARIANTS, ('sign', 'none', 'none'), strict=True):
     folder = finished / f'{variant},seed=0'
     assert json.loads((folder / 'summary.json').read_text())['bias_rule'] == rule
-    assert 'experiments/train.py' in (folder / 'log.txt').read_text()
+    assert '--config=default' in (folder / 'log.txt').read_text()
   assert [row[0] for row in table(finished)] == ['variant', *VARIANTS]
   assert (finished / 'report.html').stat().st_size > 50_000
 

@@ -15,6 +15,7 @@ import pytest
 
 from moe.config import Config
 from moe.errors import UserError
+from moe.files import paths
 from moe.sweep import backends, jobs, manifest
 from moe.sweep.variants import axis, overlay
 
@@ -136,7 +137,7 @@ def sweep_process(folder):
   """Another process that works off two jobs in `folder`."""
   code = f"""
 import sys
-sys.path[:0] = {[str(jobs.ROOT), str(pathlib.Path(__file__).parent)]}
+sys.path[:0] = {[str(paths.PACKAGE.parent), str(pathlib.Path(__file__).parent)]}
 from test_jobs import job, run_all
 import pathlib
 folder = pathlib.Path({str(folder)!r})
@@ -221,6 +222,6 @@ def test_the_command_of_a_run_rebuilds_its_config(tmp_path):
   )
   arguments = made.command[2:]
   done = subprocess.run(
-    [sys.executable, '-c', code, *arguments], capture_output=True, text=True, cwd=jobs.ROOT, check=True
+    [sys.executable, '-c', code, *arguments], capture_output=True, text=True, cwd=paths.PACKAGE.parent, check=True
   )
   assert done.stdout.strip() == f'{run.config!r} {tmp_path / "steps=9,seed=4"}'
