@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.stats import RouterStats
-from moe.config import Config
-from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 
-def auxiliary(stats: RouterStats, tokens_L: jax.Array, earlier_load_LE: jax.Array, config: Config):
+def auxiliary(stats: RouterStats, tokens_L: jax.Array, earlier_load_LE: jax.Array, config: Resolved):
   """The configured auxiliary loss and z-loss, both already weighted, as scalars.
 
   Args:
@@ -32,7 +31,7 @@ def auxiliary(stats: RouterStats, tokens_L: jax.Array, earlier_load_LE: jax.Arra
   return balance.aux_alpha * per_token_L.sum(), z
 
 
-def _switch_sum(stats: RouterStats, earlier_load_LE, config: Config):
+def _switch_sum(stats: RouterStats, earlier_load_LE, config: Resolved):
   """Sum over this shard's tokens of E sum_i f_i p_i (arXiv 2101.03961), f_i the fraction of assignments to expert i.
 
   f counts the tokens of the whole mesh: in this microbatch, or also in the step's earlier ones (global batch, arXiv
@@ -41,6 +40,6 @@ def _switch_sum(stats: RouterStats, earlier_load_LE, config: Config):
   load_LE = stats.load_E
   if config.balance.aux_scope == 'global_batch':
     load_LE = load_LE + earlier_load_LE
-  load_LE = lax.psum(load_LE, BATCH_AXES).astype(jnp.float32)
+  load_LE = lax.psum(load_LE, config.axes.batch).astype(jnp.float32)
   fraction_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
   return config.model.num_experts * (fraction_LE * stats.prob_sum_E).sum(-1)

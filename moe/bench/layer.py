@@ -118,7 +118,7 @@ def build(shape: Shape, inputs: Inputs, compute: str, fp8: str = ''):
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, weights)
     mask_BS, bias_E = jnp.ones((1, shape.T), bool), jnp.zeros(shape.E)
-    y_BSD, _ = layers.moe_block(nnx.merge(graph, state), x_TD[None], mask_BS, bias_E, config, dropless=False)
+    y_BSD, _ = nnx.merge(graph, state).mix(x_TD[None], mask_BS, bias_E, config)
     y_TD = lax.psum(y_BSD[0], 'tensor')
     return (y_TD.astype(jnp.float32) * dy_TD.astype(jnp.float32)).sum(), y_TD
 

@@ -8,6 +8,7 @@ Everything runs inside `jax.shard_map` over the mesh of `moe.parallel.mesh`, as 
 vocabulary are sharded over `tensor`, sequences over (`data`, `expert`), experts over `expert`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from moe.ops.decode.add_norm import Stream, Sum, add_norm
 from moe.ops.decode.latent_inputs_gpu import Inputs
 from moe.ops.varying import align, vary, varying_axes
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 # Rows, per expert and of a dense product, up to which kernels stream each matrix once rather than fill tensor cores.
 FEW, FEW_DENSE = 16, 64
@@ -236,7 +238,7 @@ def dense(x_TD, w) -> jax.Array:
   return x_TD @ weights.dequantize(w, x_TD.dtype)
 
 
-def routed(w: dict, h_TD, valid_T, config: Config) -> tuple[Sum, ...]:
+def routed(w: dict, h_TD, valid_T, config: Resolved) -> tuple[Sum, ...]:
   """This tensor shard's part of the output of the routed experts, dropless, and of the shared one that is with them."""
   model, experts = config.model, w['experts']
   multiplicative = config.balance.bias_rule == 'multiplicative'
@@ -249,17 +251,20 @@ def routed(w: dict, h_TD, valid_T, config: Config) -> tuple[Sum, ...]:
     expert_TK, weight_TK = choose(logits_PTE, w['bias_E'], valid_T, model, multiplicative, joined)
     return (Sum(few_rows.feed_forward_each(h_TD, gate, up, down, expert_TK.ravel()), weight_TK),)
   routing = route_logits(logits_PTE.sum(0), w['bias_E'], valid_T, model, multiplicative, dropless=True)
-  backend = dispatch.BACKENDS[config.dispatch]
   few = routing.expert_TK.size <= FEW * model.num_experts
-  multiple = 1 if few else grouped_matmul.ROW_MULTIPLES[config.grouped_matmul]
-  x_MD, size_e, plan = backend.dispatch(vary(h_TD, ('tensor',)), routing, model, True, multiple)
-  size_e = jnp.pad(size_e, (0, int(joined)))
-  if few:
-    y_MD = few_rows.matmul(few_rows.swiglu(x_MD, gate, up, size_e), down, size_e)
-  else:
+  multiple = 1 if few else config.row_multiple
+
+  def through_experts(x_MD, size_e):
+    size_e = jnp.pad(size_e, (0, int(joined)))
+    if few:
+      return few_rows.matmul(few_rows.swiglu(x_MD, gate, up, size_e), down, size_e)
     product = lambda x, w: grouped_matmul.grouped_matmul(
       x, weights.dequantize(w, x.dtype), size_e, config.grouped_matmul, multiple
     )
-    y_MD = product(jax.nn.silu(product(x_MD, gate)) * product(x_MD, up), down)
-  routed_sum = Sum(backend.combine(y_MD, plan)[None])
+    return product(jax.nn.silu(product(x_MD, gate)) * product(x_MD, up), down)
+
+  precision = dataclasses.replace(config.precision, fp8='')  # rows travel as they are computed with
+  settings = dataclasses.replace(config, row_multiple=multiple, dropless=True, precision=precision)
+  backend = dispatch.BACKENDS[config.dispatch]
+  routed_sum = Sum(backend.apply(vary(h_TD, ('tensor',)), routing, through_experts, settings)[None])
   return (routed_sum, Sum(feed_forward(gate, up, down, h_TD, held - 1))) if joined else (routed_sum,)

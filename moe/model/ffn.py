@@ -13,7 +13,8 @@ from moe.config import Config, ModelConfig
 from moe.model.linear import linear
 from moe.model.parameters import Init
 from moe.ops import fp8
-from moe.ops.grouped_matmul import ROW_MULTIPLES, grouped_matmul
+from moe.ops.grouped_matmul import grouped_matmul
+from moe.parallel.resolved import Resolved
 
 
 class FeedForward(nnx.Module):
@@ -39,20 +40,20 @@ class Experts(nnx.Module):
     self.w_up_eDF = init.normal(E, D, F)
     self.w_down_eFD = init.normal(E, F, D)
 
-  def __call__(self, x_MD: jax.Array, size_e: jax.Array, config: Config) -> jax.Array:
+  def __call__(self, x_MD: jax.Array, size_e: jax.Array, config: Resolved) -> jax.Array:
     """Rows sorted by expert -> this tensor shard's part of [M, D].
 
     Args:
       x_MD: rows.
-      size_e: rows per expert, multiples of the grouped matmul's ROW_MULTIPLES.
-      config: grouped_matmul, resolved; precision.fp8.
+      size_e: rows per expert, multiples of row_multiple.
+      config: grouped_matmul, row_multiple, precision.fp8.
     """
     backend, in_fp8 = config.grouped_matmul, config.precision.fp8_modules
 
     def product(x, w):
       if 'experts' in in_fp8:
         return fp8.grouped_matmul(x, w, size_e, backend, power_of_two='dispatch' in in_fp8)
-      return grouped_matmul(x, w, size_e, backend, ROW_MULTIPLES[backend])
+      return grouped_matmul(x, w, size_e, backend, config.row_multiple)
 
     return swiglu(x_MD, self.w_gate_eDF[...], self.w_up_eDF[...], self.w_down_eFD[...], product)
 

@@ -22,6 +22,7 @@ from moe.model.norm import rms_norm
 from moe.model.parameters import Init, RouterBias
 from moe.ops import attention, grouped_matmul
 from moe.ops.cross_entropy import cross_entropy, mask_padding
+from moe.parallel.resolved import Resolved
 
 
 class MTPModule(nnx.Module):
@@ -94,7 +95,7 @@ def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config
 
 
 def stack(
-  model: Transformer, x_BSD: jax.Array, segment_BS: jax.Array, mask_BS: jax.Array, config: Config, dropless: bool
+  model: Transformer, x_BSD: jax.Array, segment_BS: jax.Array, mask_BS: jax.Array, config: Resolved
 ) -> tuple[jax.Array, RouterStats]:
   """The MoE layers; statistics come stacked over layers."""
   graph, layers = nnx.split(model.layers)
@@ -102,12 +103,12 @@ def stack(
 
   def layer(x_BSD, weights):
     state, bias_E = weights
-    return nnx.merge(graph, state)(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
+    return nnx.merge(graph, state)(x_BSD, segment_BS, mask_BS, bias_E, config)
 
   return lax.scan(remat(layer, config.train.remat), x_BSD, (layers, bias_LE), unroll=config.train.unroll_layers)
 
 
-def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, config: Config, dropless: bool):
+def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, config: Resolved):
   """Hidden state of MTP module `depth` (from 0) and its router's statistics.
 
   The module reads the state before it after that one's final norm, as in transformers, SGLang and (the first module)
@@ -127,7 +128,7 @@ def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, con
     embedded_BSD = embed_tokens(model.w_embedding_VD[...], next_token_BS)
     embedded_BSD = rms_norm(embedded_BSD, module.scale_embedding_D[...], eps)
     x_BSD = hidden_BSD @ module.w_hidden_DD[...] + embedded_BSD @ module.w_embedding_DD[...]
-    return module.layer(x_BSD, segment_BS, mask_BS, bias_E, config, dropless)
+    return module.layer(x_BSD, segment_BS, mask_BS, bias_E, config)
 
   return remat(run, config.train.remat)(h_BSD)
 

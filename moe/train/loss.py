@@ -8,11 +8,11 @@ from jax import lax
 
 from moe.balance.losses import auxiliary
 from moe.balance.stats import RouterStats
-from moe.config import Config
 from moe.model import transformer
 from moe.model.layer import stack_stats
 from moe.model.transformer import Transformer
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 
 class Targets(NamedTuple):
@@ -68,7 +68,7 @@ def count_positions(batch: dict, mtp_depth: int) -> Counts:
   return Counts(routed.astype(jnp.float32), jnp.stack([view.weight_BS.sum() for view in views]).astype(jnp.float32))
 
 
-def forward(model: Transformer, batch: dict, config: Config, dropless: bool):
+def forward(model: Transformer, batch: dict, config: Resolved):
   """Cross-entropy of every distance and router statistics.
 
   Returns:
@@ -77,12 +77,12 @@ def forward(model: Transformer, batch: dict, config: Config, dropless: bool):
   segment_BS = batch['segment_BS'][:, :-1]
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
-  h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config, dropless)
+  h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config)
   nats = [transformer.nats(model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS)]
   mtp_stats = []
   for depth in range(config.model.mtp_depth):
     view = targets(batch, depth + 1)
-    h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config, dropless)
+    h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config)
     mtp_stats.append(one)
     nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
   if mtp_stats:
@@ -91,7 +91,7 @@ def forward(model: Transformer, batch: dict, config: Config, dropless: bool):
 
 
 def loss(
-  model: Transformer, batch: dict, counts: Counts, earlier_load_LE: jax.Array, config: Config
+  model: Transformer, batch: dict, counts: Counts, earlier_load_LE: jax.Array, config: Resolved
 ) -> tuple[jax.Array, Sums]:
   """This shard's and microbatch's part of the training loss: summed over mesh and microbatches it is the loss.
 
@@ -103,7 +103,7 @@ def loss(
     earlier_load_LE: loads of the step's earlier microbatches on this shard.
   """
   depth = config.model.mtp_depth
-  nats, stats = forward(model, batch, config, dropless=False)
+  nats, stats = forward(model, batch, config)
   means = nats / jnp.maximum(counts.predicted, 1)
   routed = jnp.maximum(counts.routed, 1)
   tokens_L = jnp.concatenate([jnp.broadcast_to(routed[:1], (config.model.num_moe_layers,)), routed[1:]])

@@ -22,6 +22,7 @@ from moe.ops import grouped_matmul
 from moe.ops.varying import vary, varying_axes
 from moe.parallel import sharding
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
 from moe.train import state
 from moe.train.optimizer import bias_speed, learning_rate, make_optimizer
@@ -30,7 +31,7 @@ from moe.train.state import TrainState
 BATCH_SPEC = P(None, BATCH_AXES)  # [microbatches, B, S + 1]
 
 
-def resolve(config: Config, mesh, platform: str) -> Config:
+def resolve(config: Config, mesh, platform: str) -> Resolved:
   """The config with every 'auto' replaced by what it means on this mesh and platform (see `mesh.platform_of`).
 
   Raises:
@@ -39,18 +40,20 @@ def resolve(config: Config, mesh, platform: str) -> Config:
   fp8, compute = config.precision.fp8, config.precision.compute
   if fp8 and (platform, compute) == ('hopper', 'float32'):
     raise UserError(f'config precision.fp8 = {fp8!r} needs precision.compute = bfloat16 on a Hopper GPU, not {compute}')
-  return dataclasses.replace(
+  backend = grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute)
+  return Resolved.of(
     config,
     dispatch=dispatch.resolve_backend(config.dispatch, mesh.shape['expert']),
-    grouped_matmul=grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute),
+    grouped_matmul=backend,
+    row_multiple=grouped_matmul.ROW_MULTIPLES[backend],
   )
 
 
-def make_train_step(config: Config, mesh):
+def make_train_step(config: Resolved, mesh):
   """The jitted (state, batch) -> (state, metrics), with donated state.
 
   Args:
-    config: with every 'auto' resolved.
+    config: from `resolve`.
     mesh: a Mesh, or an AbstractMesh to lower without devices.
 
   The batch is {'token_BS', 'segment_BS'}, int32 [microbatches, B, S + 1] sharded as BATCH_SPEC. Metrics are float32
@@ -86,18 +89,19 @@ def make_train_step(config: Config, mesh):
   )
 
 
-def make_eval_step(config: Config, mesh):
+def make_eval_step(config: Resolved, mesh):
   """The jitted (params, bias_LE, batch) -> dict of sums over a batch [1, B, S + 1]; routing is dropless.
 
   Returns 'nats' [1 + mtp_depth] float32, 'predicted' [1 + mtp_depth] float32 positions counted, 'load_LE' int32.
   """
+  dropless = dataclasses.replace(config, dropless=True)
   placements = sharding.place_tree(transformer.abstract_params(config), mesh)
   stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
 
   def sums(params, bias_LE, batch):
     batch = jax.tree.map(lambda a: a[0], batch)
     model = transformer.build(config, gather_params(params, placements, config), bias_LE)
-    nats, stats = losses.forward(model, batch, config, dropless=True)
+    nats, stats = losses.forward(model, batch, dropless)
     predicted = losses.count_positions(batch, config.model.mtp_depth).predicted
     return losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
 
@@ -127,7 +131,7 @@ def _is_placement(node):
   return isinstance(node, sharding.Placement)
 
 
-def _gradients(params, bias_LE, batch, placements, config: Config):
+def _gradients(params, bias_LE, batch, placements, config: Resolved):
   """Reduce-scattered gradients of the whole batch, its summed statistics and its counts; inside shard_map."""
   weights = gather_params(params, placements, config)
   counts = jax.vmap(lambda micro: losses.count_positions(micro, config.model.mtp_depth))(batch)

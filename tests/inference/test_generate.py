@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import deepseek_v3
-from moe.config import Config, from_config_dict
+from moe.config import from_config_dict
 from moe.errors import UserError
 from moe.inference import forward, quantize, steps, weights
 from moe.inference.generate import Generator
@@ -18,6 +18,7 @@ from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.model import transformer
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11, 12, 13], [4]]
 NEW, CAPACITY = 12, 24
@@ -31,7 +32,7 @@ def model(tiny_model):
 
 
 def resolved(model):
-  return Config(model=model, dispatch='local', grouped_matmul='blocked')
+  return Resolved(model=model, dispatch='local', grouped_matmul='blocked', dropless=True)
 
 
 def random_parameters(config):
@@ -53,11 +54,11 @@ def full_logits(mesh_of):
   def run(config, params, bias_LE, token_BS):
     built, ones = transformer.build(config, params, bias_LE), jnp.ones_like(token_BS)
     x_BSD = transformer.embed(built, token_BS, ones, config)
-    h_BSD, _ = transformer.stack(built, x_BSD, ones, ones > 0, config, True)
+    h_BSD, _ = transformer.stack(built, x_BSD, ones, ones > 0, config)
     found = [transformer.head(built, h_BSD, built.scale_out_D[...])]
     if config.model.mtp_depth:
       next_BS = jnp.roll(token_BS, -1, axis=1)
-      h_BSD, _ = transformer.mtp_hidden(built, 0, h_BSD, next_BS, ones, ones > 0, config, True)
+      h_BSD, _ = transformer.mtp_hidden(built, 0, h_BSD, next_BS, ones, ones > 0, config)
       found.append(transformer.head(built, h_BSD, built.mtp[0].scale_out_D[...]))
     return found
 

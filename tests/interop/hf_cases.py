@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
-from moe.config import Config
 from moe.model import transformer
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 BASE = {
   'architectures': ['DeepseekV3ForCausalLM'],
@@ -181,18 +181,18 @@ def tokens(hf: dict, length: int = 20) -> np.ndarray:
 
 def our_logits(model, params, bias_LE, token_BS, mesh) -> np.ndarray:
   """float32 [1 + mtp_depth, B, S, vocabulary]: our model and its MTP modules on all but the last mtp_depth tokens."""
-  config = Config(model=model, dispatch='local', grouped_matmul='ragged_dot')
+  config = Resolved(model=model, dispatch='local', grouped_matmul='ragged_dot', dropless=True)
   length = token_BS.shape[1] - model.mtp_depth
 
   def run(params, bias_LE, token_BS):
     built = transformer.build(config, params, bias_LE)
     segment_BS = jnp.ones_like(token_BS[:, :length])
     x_BSD = transformer.embed(built, token_BS[:, :length], segment_BS, config)
-    h_BSD, _ = transformer.stack(built, x_BSD, segment_BS, segment_BS > 0, config, True)
+    h_BSD, _ = transformer.stack(built, x_BSD, segment_BS, segment_BS > 0, config)
     logits = [transformer.head(built, h_BSD, built.scale_out_D[...])]
     for depth, module in enumerate(built.mtp):
       next_BS = token_BS[:, depth + 1 : depth + 1 + length]
-      h_BSD, _ = transformer.mtp_hidden(built, depth, h_BSD, next_BS, segment_BS, segment_BS > 0, config, True)
+      h_BSD, _ = transformer.mtp_hidden(built, depth, h_BSD, next_BS, segment_BS, segment_BS > 0, config)
       logits.append(transformer.head(built, h_BSD, module.scale_out_D[...]))
     return jnp.stack(logits)
 

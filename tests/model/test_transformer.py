@@ -10,16 +10,17 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe.config import BalanceConfig, Config, ModelConfig, TrainConfig, from_config_dict
+from moe.config import BalanceConfig, ModelConfig, TrainConfig, from_config_dict
 from moe.model import norm, transformer
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
 
 B, S = 2, 8
 
 
 def resolved(model, **changes):
-  return Config(model=model, dispatch='local', grouped_matmul='ragged_dot', **changes)
+  return Resolved(model=model, dispatch='local', grouped_matmul='ragged_dot', **changes)
 
 
 def random_parameters(config, seed=0, std=0.5):
@@ -140,7 +141,7 @@ def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_m
       segments = jnp.asarray(segment_BS)
       for layer in built.dense_layers:
         x_BSD = layer(x_BSD, segments, config)
-      h_BSD, _ = transformer.stack(built, x_BSD, segments, segments > 0, config, False)
+      h_BSD, _ = transformer.stack(built, x_BSD, segments, segments > 0, config)
       return transformer.head(built, h_BSD, built.scale_out_D[...])
 
     return jax.vjp(logits, x_BSD)[1](cotangent_BSV)[0]

@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 from test_dispatch import LOADS, E, K, T, emulated_ragged_all_to_all
 
 from moe.balance.routing import Routing
-from moe.config import ModelConfig
+from moe.config import ModelConfig, PrecisionConfig
 from moe.model import dispatch
 from moe.ops import fp8
 from moe.ops.permute import key_of
 from moe.parallel.mesh import BATCH_AXES, abstract_mesh
+from moe.parallel.resolved import Resolved
 
 MODEL = ModelConfig(num_experts=E, top_k=K)
 FACTOR_E = np.linspace(-1, 2, E).astype(np.float32)
@@ -36,10 +37,15 @@ def program(name, mesh, in_fp8):
   def run(x_TD, weight_TK, expert_TK, keep_TK):
     unused = jnp.zeros((len(x_TD), E))
     routing = Routing(expert_TK, weight_TK, keep_TK, jnp.zeros(E, jnp.int32), unused, unused)
-    x_MD, size_e, plan = backend.dispatch(x_TD, routing, MODEL, row_multiple=4, in_fp8=in_fp8)
-    first = lax.axis_index('expert') * len(size_e)
-    factor_M = jnp.asarray(FACTOR_E).at[first + key_of(jnp.arange(len(x_MD)), jnp.cumsum(size_e))].get(mode='clip')
-    return backend.combine(factor_M[:, None].astype(x_MD.dtype) * x_MD, plan, in_fp8)
+
+    def experts(x_MD, size_e):
+      first = lax.axis_index('expert') * len(size_e)
+      factor_M = jnp.asarray(FACTOR_E).at[first + key_of(jnp.arange(len(x_MD)), jnp.cumsum(size_e))].get(mode='clip')
+      return factor_M[:, None].astype(x_MD.dtype) * x_MD
+
+    precision = PrecisionConfig(fp8='dispatch' if in_fp8 else '')
+    resolved = Resolved(model=MODEL, dispatch=name, precision=precision, row_multiple=4)
+    return backend.apply(x_TD, routing, experts, resolved)
 
   return jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
 

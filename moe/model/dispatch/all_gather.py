@@ -4,42 +4,52 @@ Always dropless and free of padding on the wire; moves every token to every shar
 many experts per token (8 of 256 on 8 shards send most tokens nearly everywhere anyhow).
 """
 
+import functools
+
 import jax
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.config import ModelConfig
 from moe.model.dispatch import local
-from moe.model.dispatch.wire import from_experts, to_experts
+from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import permute
+from moe.parallel.resolved import Resolved
 
 
-def dispatch(
-  x_TD: jax.Array,
-  routing: Routing,
-  config: ModelConfig,
-  dropless: bool = False,
-  row_multiple: int = 1,
-  in_fp8: bool = False,
-):
-  """See `moe.model.dispatch`. M = shards * T * min(K, experts per shard), padded."""
-  held = config.num_experts // lax.axis_size('expert')
-  expert_TK = _gather(routing.expert_TK) - lax.axis_index('expert') * held
-  keep_TK = _gather(routing.keep_TK) & (expert_TK >= 0) & (expert_TK < held)
-  rows = expert_TK.shape[0] * min(config.top_k, held)
-  out, back, size_e = local.expert_order(expert_TK, keep_TK, held, rows, row_multiple)
-  x_TD = to_experts(_gather, _scatter, x_TD, in_fp8=in_fp8)
-  return permute(x_TD, out), size_e, local.Plan(back, _gather(routing.weight_TK))
-
-
-def combine(y_MD: jax.Array, plan: local.Plan, in_fp8: bool = False) -> jax.Array:
+def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
   """See `moe.model.dispatch`."""
-  return from_experts(_scatter, _gather, local.combine(y_MD, plan), in_fp8=in_fp8)
+  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
+  return combine(experts(x_MD, size_e), plan, resolved)
 
 
-def _gather(a, operands=()):
-  return lax.all_gather(a, 'expert', axis=0, tiled=True)
+def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
+  """(x_MD, size_e, plan). M = shards * T * min(K, experts per shard), padded."""
+  axis, model = resolved.axes.expert, resolved.model
+  gather, scatter = _ways(axis)
+  held = model.num_experts // lax.axis_size(axis)
+  expert_TK = gather(routing.expert_TK) - lax.axis_index(axis) * held
+  keep_TK = gather(routing.keep_TK) & (expert_TK >= 0) & (expert_TK < held)
+  rows = expert_TK.shape[0] * min(model.top_k, held)
+  out, back, size_e = local.expert_order(expert_TK, keep_TK, held, rows, resolved.row_multiple)
+  x_TD = to_experts(gather, scatter, x_TD, in_fp8=in_fp8(resolved))
+  return permute(x_TD, out), size_e, local.Plan(back, gather(routing.weight_TK))
 
 
-def _scatter(a, operands=()):
-  return lax.psum_scatter(a, 'expert', scatter_dimension=0, tiled=True)
+def combine(y_MD: jax.Array, plan: local.Plan, resolved: Resolved) -> jax.Array:
+  """The gate-weighted sum of each token's rows, of all shards."""
+  gather, scatter = _ways(resolved.axes.expert)
+  return from_experts(scatter, gather, local.combine(y_MD, plan, resolved), in_fp8=in_fp8(resolved))
+
+
+def _ways(axis: str):
+  """To the experts and home, the transposes of one another."""
+  return functools.partial(_gather, axis=axis), functools.partial(_scatter, axis=axis)
+
+
+def _gather(a, operands=(), axis=''):
+  return lax.all_gather(a, axis, axis=0, tiled=True)
+
+
+def _scatter(a, operands=(), axis=''):
+  return lax.psum_scatter(a, axis, scatter_dimension=0, tiled=True)

@@ -4,6 +4,7 @@ A buffer holds what one shard can send another at most: experts per shard * capa
 T * min(K, experts per shard).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.config import ModelConfig
-from moe.model.dispatch.wire import from_experts, to_experts
+from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.model.router import capacity
 from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
+from moe.parallel.resolved import Resolved
 
 
 class Plan(NamedTuple):
@@ -23,50 +25,52 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(
-  x_TD: jax.Array,
-  routing: Routing,
-  config: ModelConfig,
-  dropless: bool = False,
-  row_multiple: int = 1,
-  in_fp8: bool = False,
-):
-  """See `moe.model.dispatch`. M = shards * buffer, padded."""
-  shards = lax.axis_size('expert')
-  by, sent_de, received_se = exchange_counts(routing, config)
-  buffer = buffer_rows(len(x_TD), config, shards, dropless)
+def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
+  """See `moe.model.dispatch`."""
+  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
+  return combine(experts(x_MD, size_e), plan, resolved)
+
+
+def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
+  """(x_MD, size_e, plan). M = shards * buffer, padded."""
+  axis = resolved.axes.expert
+  shards, swapped = lax.axis_size(axis), functools.partial(swap, axis=axis)
+  by, sent_de, received_se = exchange_counts(routing, resolved)
+  buffer = buffer_rows(len(x_TD), resolved, shards)
   out, unpack = _pack(by, sent_de.sum(1), routing, buffer)
-  rows_MD = to_experts(swap, swap, permute(x_TD, out), in_fp8=in_fp8)
-  end_se = jnp.cumsum(received_se, axis=1)
-  regroup, regroup_back, size_e = regroup_by_expert(jnp.arange(shards) * buffer, end_se, shards * buffer, row_multiple)
+  rows_MD = to_experts(swapped, swapped, permute(x_TD, out), in_fp8=in_fp8(resolved))
+  start_s, end_se = jnp.arange(shards) * buffer, jnp.cumsum(received_se, axis=1)
+  regroup, regroup_back, size_e = regroup_by_expert(start_s, end_se, shards * buffer, resolved.row_multiple)
   return permute(rows_MD, regroup), size_e, Plan(regroup_back, unpack, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  rows_MD = from_experts(swap, swap, permute(y_MD, plan.regroup_back), in_fp8=in_fp8)
+def combine(y_MD: jax.Array, plan: Plan, resolved: Resolved) -> jax.Array:
+  """The gate-weighted sum of each token's rows, which come home first."""
+  swapped = functools.partial(swap, axis=resolved.axes.expert)
+  rows_MD = from_experts(swapped, swapped, permute(y_MD, plan.regroup_back), in_fp8=in_fp8(resolved))
   return combine_rows(rows_MD, plan.unpack, plan.weight_TK)
 
 
-def swap(a: jax.Array, operands=()) -> jax.Array:
+def swap(a: jax.Array, operands=(), axis: str = '') -> jax.Array:
   """Part s of the first axis goes to shard s; its own transpose."""
-  return lax.all_to_all(a, 'expert', split_axis=0, concat_axis=0, tiled=True)
+  return lax.all_to_all(a, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
-def buffer_rows(tokens: int, config: ModelConfig, shards: int, dropless: bool) -> int:
+def buffer_rows(tokens: int, resolved: Resolved, shards: int) -> int:
   """Rows that one shard can send another at most."""
-  held = config.num_experts // shards
-  if config.capacity_factor and not dropless:
-    return held * capacity(tokens, config)
-  return tokens * min(config.top_k, held)
+  model = resolved.model
+  held = model.num_experts // shards
+  if model.capacity_factor and not resolved.dropless:
+    return held * capacity(tokens, model)
+  return tokens * min(model.top_k, held)
 
 
-def exchange_counts(routing: Routing, config: ModelConfig) -> tuple[Sorted, jax.Array, jax.Array]:
+def exchange_counts(routing: Routing, resolved: Resolved) -> tuple[Sorted, jax.Array, jax.Array]:
   """Assignments sorted by expert, rows sent per [destination, its expert] and received per [source, own expert]."""
-  key_M = jnp.where(routing.keep_TK, routing.expert_TK, config.num_experts).reshape(-1)
-  by = sort_by_key(key_M, config.num_experts)
-  sent_de = by.size.reshape(lax.axis_size('expert'), -1)
-  return by, sent_de, swap(sent_de)
+  experts, axis = resolved.model.num_experts, resolved.axes.expert
+  by = sort_by_key(jnp.where(routing.keep_TK, routing.expert_TK, experts).reshape(-1), experts)
+  sent_de = by.size.reshape(lax.axis_size(axis), -1)
+  return by, sent_de, swap(sent_de, axis=axis)
 
 
 def _pack(by: Sorted, sent_d, routing: Routing, buffer: int):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from moe.balance.routing import Routing
-from moe.config import ModelConfig
+from moe.model.dispatch.contract import ExpertsFn
 from moe.ops.permute import Permutation, combine_rows, lay_out, permute
+from moe.parallel.resolved import Resolved
 
 
 class Plan(NamedTuple):
@@ -15,24 +16,23 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(
-  x_TD: jax.Array,
-  routing: Routing,
-  config: ModelConfig,
-  dropless: bool = False,
-  row_multiple: int = 1,
-  in_fp8: bool = False,
-):
-  """See `moe.model.dispatch`. M = T * K, padded. Nothing is sent, so nothing is rounded."""
-  del in_fp8
-  assignments = routing.expert_TK.size
-  out, back, size_e = expert_order(routing.expert_TK, routing.keep_TK, config.num_experts, assignments, row_multiple)
+def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
+  """See `moe.model.dispatch`."""
+  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
+  return combine(experts(x_MD, size_e), plan, resolved)
+
+
+def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
+  """(x_MD, size_e, plan). M = T * K, padded. Nothing is sent, so nothing is rounded."""
+  model, assignments = resolved.model, routing.expert_TK.size
+  order = routing.expert_TK, routing.keep_TK, model.num_experts, assignments, resolved.row_multiple
+  out, back, size_e = expert_order(*order)
   return permute(x_TD, out), size_e, Plan(back, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  del in_fp8
+def combine(y_MD: jax.Array, plan: Plan, resolved: Resolved) -> jax.Array:
+  """The gate-weighted sum of each token's rows."""
+  del resolved
   return combine_rows(y_MD, plan.back, plan.weight_TK)
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.config import ModelConfig
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
-from moe.model.dispatch.wire import from_experts, to_experts
+from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
+from moe.parallel.resolved import Resolved
 
 
 class Offsets(NamedTuple):
@@ -31,46 +32,48 @@ class Plan(NamedTuple):
   weight_TK: jax.Array
 
 
-def dispatch(
-  x_TD: jax.Array,
-  routing: Routing,
-  config: ModelConfig,
-  dropless: bool = False,
-  row_multiple: int = 1,
-  in_fp8: bool = False,
-):
-  """See `moe.model.dispatch`. M = shards * the rows one shard can send another at most, padded."""
-  shards, (T, K) = lax.axis_size('expert'), routing.expert_TK.shape
-  by, sent_de, received_se = exchange_counts(routing, config)
+def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
+  """See `moe.model.dispatch`."""
+  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
+  return combine(experts(x_MD, size_e), plan, resolved)
+
+
+def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
+  """(x_MD, size_e, plan). M = shards * the rows one shard can send another at most, padded."""
+  axis, (T, K) = resolved.axes.expert, routing.expert_TK.shape
+  shards, swapped = lax.axis_size(axis), functools.partial(swap, axis=axis)
+  by, sent_de, received_se = exchange_counts(routing, resolved)
   send_s, receive_s = sent_de.sum(1), received_se.sum(1)
   out_start_s, in_start_s = jnp.cumsum(send_s) - send_s, jnp.cumsum(receive_s) - receive_s
-  away = Offsets(out_start_s, send_s, swap(in_start_s), receive_s)
-  home = Offsets(in_start_s, receive_s, swap(out_start_s), send_s)
+  away = Offsets(out_start_s, send_s, swapped(in_start_s), receive_s)
+  home = Offsets(in_start_s, receive_s, swapped(out_start_s), send_s)
   valid_A = jnp.arange(T * K) < by.size.sum()
   out, way_back = Layout(by.order_M, valid_A, by.place_M, by.size).permutations(routing.keep_TK)
-  rows = shards * buffer_rows(T, config, shards, dropless)
-  there, back = _ways(rows, T * K)
-  rows_MD = to_experts(there, back, permute(x_TD, out), (away, home), in_fp8)
-  regroup, regroup_back, size_e = regroup_by_expert(in_start_s, jnp.cumsum(received_se, axis=1), rows, row_multiple)
+  rows = shards * buffer_rows(T, resolved, shards)
+  there, back = _ways(rows, T * K, axis)
+  rows_MD = to_experts(there, back, permute(x_TD, out), (away, home), in_fp8(resolved))
+  end_se = jnp.cumsum(received_se, axis=1)
+  regroup, regroup_back, size_e = regroup_by_expert(in_start_s, end_se, rows, resolved.row_multiple)
   return permute(rows_MD, regroup), size_e, Plan(regroup_back, (away, home), way_back, routing.weight_TK)
 
 
-def combine(y_MD: jax.Array, plan: Plan, in_fp8: bool = False) -> jax.Array:
-  """See `moe.model.dispatch`."""
+def combine(y_MD: jax.Array, plan: Plan, resolved: Resolved) -> jax.Array:
+  """The gate-weighted sum of each token's rows, which come home first."""
   rows_MD = permute(y_MD, plan.regroup_back)
-  back, there = _ways(len(rows_MD), plan.weight_TK.size)
-  return combine_rows(from_experts(there, back, rows_MD, plan.routes, in_fp8), plan.back, plan.weight_TK)
+  back, there = _ways(len(rows_MD), plan.weight_TK.size, resolved.axes.expert)
+  return combine_rows(from_experts(there, back, rows_MD, plan.routes, in_fp8(resolved)), plan.back, plan.weight_TK)
 
 
-def _ways(rows: int, assignments: int):
+def _ways(rows: int, assignments: int, axis: str):
   """The exchanges of (rows, routes) to the experts and home, the transposes of one another."""
-  return functools.partial(_exchange, to=0, rows=rows), functools.partial(_exchange, to=1, rows=assignments)
+  exchange = functools.partial(_exchange, axis=axis)
+  return functools.partial(exchange, to=0, rows=rows), functools.partial(exchange, to=1, rows=assignments)
 
 
-def _exchange(rows_MD, routes, to: int, rows: int):
+def _exchange(rows_MD, routes, to: int, rows: int, axis: str):
   """`rows` rows that arrive by routes[to]; those that none reaches are 0."""
   offsets = routes[to]
   rows_MD, empty, offsets = align(rows_MD, jnp.zeros((rows, rows_MD.shape[1]), rows_MD.dtype), offsets)
   return lax.ragged_all_to_all(
-    rows_MD, empty, offsets.here_s, offsets.send_s, offsets.there_s, offsets.receive_s, axis_name='expert'
+    rows_MD, empty, offsets.here_s, offsets.send_s, offsets.there_s, offsets.receive_s, axis_name=axis
   )

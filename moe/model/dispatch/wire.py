@@ -13,6 +13,12 @@ from jax import lax
 
 from moe.ops import fp8
 from moe.ops.varying import align
+from moe.parallel.resolved import Resolved
+
+
+def in_fp8(resolved: Resolved) -> bool:
+  """Whether rows travel so."""
+  return 'dispatch' in resolved.precision.fp8_modules
 
 
 def to_experts(there: Callable, back: Callable, rows, operands=(), in_fp8: bool = False) -> jax.Array:
