@@ -16,4 +16,16 @@ parameter is sharded (`moe/parallel/sharding.py`). The legend:
 Other quantities carry their unit in the name: `_s` seconds, `_bytes`, `_per_step`, `_per_s`.
 """
 
+import importlib
+
 __version__ = '0.1.0'
+
+# The front door for other programs, loaded when it is used: name -> module.
+_PUBLIC = {'MoE': 'moe.model.standalone', 'NNXMoE': 'moe.model.modules', 'LinenMoE': 'moe.model.modules'}
+__all__ = [*_PUBLIC, '__version__']
+
+
+def __getattr__(name: str):
+  if name in _PUBLIC:
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -77,9 +77,10 @@ def scope() -> list[Variant]:
 
 def quantile() -> list[Variant]:
   """The quantile rule, slowed down with gamma or by a constant share of the old bias, against the sign rule."""
+  falling = {'balance.gamma_decay_fraction': 0.4, 'balance.gamma_final_fraction': 0.05}
   constant = bias('quantile') | {'balance.gamma_decay_fraction': 0.0}
   kept = {f'quantile_ema={ema}': constant | {'balance.quantile_ema': ema} for ema in (0.0, 0.9, 0.99)}
-  return named({'sign': bias('sign'), 'quantile_falling': bias('quantile')} | kept)
+  return named({'sign': bias('sign'), 'quantile_falling': bias('quantile') | falling} | kept)
 
 
 def gate() -> list[Variant]:

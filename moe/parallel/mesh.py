@@ -98,7 +98,11 @@ def check_memory(config: Config, mesh: Mesh) -> None:
 
 def platform_of(mesh: Mesh) -> str:
   """What kernels are chosen by: 'cpu', 'tpu', 'hopper' (GPUs of compute capability 9.0) or 'gpu' (all others)."""
-  device = mesh.devices.flat[0]
+  return platform_of_device(mesh.devices.flat[0])
+
+
+def platform_of_device(device: jax.Device) -> str:
+  """See `platform_of`."""
   return 'hopper' if device.platform == 'gpu' and device.compute_capability == '9.0' else device.platform
 
 

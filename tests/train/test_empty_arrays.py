@@ -52,14 +52,17 @@ def test_training_and_evaluation(model, precision, dispatch):
   old = state.abstract(config)
   rows = jax.ShapeDtypeStruct((1, 16, config.data.seq_len + 1), jnp.int32)
   batch = {'token_BS': rows, 'segment_BS': rows}
-  assert not empty_inputs(step.make_train_step(config, MESH), old, batch)
-  assert not empty_inputs(step.make_eval_step(config, MESH), old.params, old.balance['bias_LE'], batch)
+  assert not empty_inputs(step.make_train_step(step.resolve(config, MESH, 'cpu'), MESH), old, batch)
+  assert not empty_inputs(
+    step.make_eval_step(step.resolve(config, MESH, 'cpu'), MESH), old.params, old.balance['bias_LE'], batch
+  )
 
 
 @pytest.mark.parametrize(('scheme', 'drafts', 'precision'), [('none', 0, {}), ('fp8', 1, BFLOAT16)])
 def test_generation_without_end_tokens(scheme, drafts, precision):
   """Weights made ready, a chunk of prompts, and decoding steps or speculative ones."""
   config = change(CONFIG, precision=precision, dispatch='all_gather', grouped_matmul='blocked')
+  config = step.resolve(config, MESH, 'cpu')
   params, bias_LE = transformer.abstract_params(config), state.abstract(config).balance['bias_LE']
   prepare = lambda params, bias_LE: weights.prepare(params, bias_LE, config, MESH, scheme)
   assert not empty_inputs(prepare, params, bias_LE)

@@ -32,7 +32,9 @@ def evaluate(mesh_of):
   """evaluate(state, batch): the compiled evaluation step's sums."""
   rows = {key: value[None] for key, value in documents(STEP).items()}
   old = state.abstract(STEP)
-  lowered = step.make_eval_step(STEP, mesh_of()).lower(old.params, old.balance['bias_LE'], rows)
+  lowered = step.make_eval_step(step.resolve(STEP, mesh_of(), 'cpu'), mesh_of()).lower(
+    old.params, old.balance['bias_LE'], rows
+  )
   compiled = lowered.compile()
 
   def evaluate(old, batch):
@@ -208,7 +210,8 @@ def test_any_rule_goes_with_any_loss(rule, loss):
   )
   old = state.abstract(config)
   batch = jax.ShapeDtypeStruct((2, 16, config.data.seq_len + 1), jnp.int32)
-  made = step.make_train_step(config, abstract_mesh((1, 2, 2, 2)))
+  mesh = abstract_mesh((1, 2, 2, 2))
+  made = step.make_train_step(step.resolve(config, mesh, 'cpu'), mesh)
   new, metrics = jax.eval_shape(made, old, {'token_BS': batch, 'segment_BS': batch})
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), old, new)
   assert all(jax.tree.leaves(same))
