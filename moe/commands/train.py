@@ -9,7 +9,6 @@ report.html; the same command on the same workdir continues after an interruptio
 from absl import flags
 
 from moe import cli
-from moe.commands import run as whole
 from moe.errors import UserError
 
 CONFIG = cli.define_config('tiny')
@@ -21,7 +20,10 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; settings look like --config.train.steps=500')
   if not WORKDIR.value:
     raise UserError('--workdir is missing; give the directory for the run, such as --workdir=runs/tiny')
-  summary = whole.train(CONFIG(), WORKDIR.value)
+  config = CONFIG()
+  from moe.commands import run as whole  # takes seconds, which a mistake in the settings need not wait for
+
+  summary = whole.train(config, WORKDIR.value)
   if summary:
     print_summary(summary)
 
