@@ -12,91 +12,17 @@ import sys
 import fake_sweep
 import numpy as np
 import pytest
+from fake_run import VAL_TOKENS, read_jsonl, write_json, write_jsonl, write_run
 
 from moe.balance import metrics
-from moe.errors import UserError
 from moe.files import read_json
-from moe.report import compare, figures, html
+from moe.report import figures
 from moe.report.html import write_report
 from moe.report.run import load_run, summarize
 
 ROOT = pathlib.Path(__file__).parents[2]
-BATCH_TOKENS, VAL_TOKENS = 4096, 20000
 SECTIONS = ['Loss', 'Balance over training', 'Load by layer and expert', 'Throughput', 'Dropped tokens']
 SECTIONS += ['Router health', 'Generated sample', 'Set-up']
-
-
-def write_run(path, num_layers=5, num_experts=16, top_k=4, steps=300, history_every=10, drops=False):
-  """A run whose loss and imbalance decay; returns its path."""
-  path.mkdir(parents=True)
-  rng = np.random.default_rng(0)
-  config = {
-    'model': {'num_layers': num_layers, 'num_dense_layers': 1, 'mtp_depth': 1, 'top_k': top_k},
-    'balance': {'bias_rule': 'sign', 'gamma': 0.001, 'aux_loss': 'none'},
-    'train': {'steps': steps, 'seed': 7},
-    'mesh': {'preset': 'local', 'pipe': 0, 'data': 0, 'expert': 2, 'tensor': 0},
-  }
-  config['model']['num_experts'] = num_experts
-  info = {'config': config, 'versions': {'jax': '0.0'}, 'command': 'python train.py --config <x>', 'device': '1 x CPU'}
-  write_json(path / 'config.json', info | {'parameters': 1234567, 'active_parameters': 234567})
-  data = {'corpus': 'Python <stdlib>', 'tokenizer': 'byte', 'train_bytes': 9000000, 'val_bytes': 20000}
-  data |= {'train_tokens': 9000900, 'val_tokens': 20010, 'trigram_bits_per_byte': 2.9, 'gzip_bits_per_byte': 2.2}
-  write_json(path / 'data.json', data)
-  rows = [metrics_row(step, steps, rng, drops) for step in range(1, steps + 1)]
-  write_jsonl(path / 'metrics.jsonl', rows)
-  skew_LE = rng.normal(size=(num_layers, num_experts))
-  logged = [1, *range(history_every, steps + 1, history_every)]
-  history = [{'step': step, 'load_LE': load(skew_LE, step, BATCH_TOKENS * top_k, rng)} for step in logged]
-  write_jsonl(path / 'load_history.jsonl', history)
-  evals = [evaluation(step, skew_LE, top_k, rng) for step in (steps // 3, 2 * steps // 3, steps)]
-  write_jsonl(path / 'evals.jsonl', evals)
-  (path / 'sample.txt').write_text('def f(x):\n  return x\n<script>alert("x")</script>\n')
-  return path
-
-
-def metrics_row(step, steps, rng, drops):
-  loss = 1.2 + 4.3 * math.exp(-step / 60) + 0.05 * rng.normal()
-  rate = 0.1 * math.exp(-step / 100) if drops else 0.0
-  return {
-    'step': step,
-    'loss': loss,
-    'total_loss': loss + 0.5,
-    'tokens': step * BATCH_TOKENS,
-    'tokens_per_s': 900.0 if step == 1 else 41000 + 800 * rng.normal(),
-    'step_s': 4.5 if step == 1 else 0.1,
-    'learning_rate': 1e-3 * min(step / 50, 1, (steps + 1 - step) / (0.2 * steps)),
-    'grad_norm': 0.4 + 2 * math.exp(-step / 30) + 0.1 * rng.random(),
-    'grad_norm/router': 0.1,
-    'max_vio_batch': 1.5 * math.exp(-step / 70) + 0.06,
-    'drop_rate': rate,
-    'bias_min': -0.001 * min(step, 80),
-    'bias_max': 0.001 * min(step, 60),
-    'gate_entropy': 0.95 - 0.3 * step / steps,
-  }
-
-
-def load(skew_LE, step, assignments, rng):
-  logits = skew_LE * 0.8 * math.exp(-step / 70)
-  p_LE = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  return rng.multinomial(assignments, p_LE).tolist()
-
-
-def evaluation(step, skew_LE, top_k, rng):
-  nats = 1.25 + 4.3 * math.exp(-step / 60)
-  row = {'step': step, 'val_loss': nats, 'val_bits_per_byte': nats / math.log(2), 'val_perplexity': math.exp(nats)}
-  return row | {'val_tokens': VAL_TOKENS, 'load_LE': load(skew_LE, step, VAL_TOKENS * top_k, rng)}
-
-
-def write_json(path, value):
-  path.write_text(json.dumps(value))
-
-
-def write_jsonl(path, rows):
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
-
-def read_jsonl(path):
-  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -324,40 +250,6 @@ def test_58_layers_of_256_experts(tmp_path):
   assert (path / 'report.html').stat().st_size < 5e6
 
 
-def bad_line(path):
-  lines = (path / 'metrics.jsonl').read_text().splitlines()
-  (path / 'metrics.jsonl').write_text('\n'.join([lines[0], lines[1][:20], *lines[2:]]))
-
-
-@pytest.mark.parametrize(
-  ('spoil', 'message'),
-  [
-    (lambda path: (path / 'config.json').unlink(), 'config.json'),
-    (lambda path: (path / 'config.json').write_text('{"config"'), 'config.json is no valid JSON'),
-    (lambda path: (path / 'config.json').write_text('{"config": {"model": {}}}'), "no setting 'model.num_layers'"),
-    (lambda path: (path / 'metrics.jsonl').unlink(), 'metrics.jsonl'),
-    (lambda path: (path / 'metrics.jsonl').write_text(''), 'metrics.jsonl has no rows'),
-    (lambda path: (path / 'metrics.jsonl').write_text('{"step": 1}\n'), 'the row of step 1 has no loss'),
-    (bad_line, 'metrics.jsonl line 2 is no valid JSON'),
-    (
-      lambda path: (path / 'evals.jsonl').write_text('{"step": 1, "load_LE": [[1, 2]]}\n'),
-      r'step 1: load_LE has shape \(1, 2\)',
-    ),
-    (lambda path: (path / 'report.html').mkdir(), r'cannot write .*report\.html'),
-  ],
-)
-def test_bad_directories(run_dir, spoil, message):
-  spoil(run_dir)
-  with pytest.raises(UserError, match=message) as caught:
-    write_report(run_dir)
-  assert '\n' not in str(caught.value)
-
-
-def test_no_directory(tmp_path):
-  with pytest.raises(UserError, match=r'nowhere is no directory; a run directory holds config\.json'):
-    load_run(tmp_path / 'nowhere')
-
-
 def run_script(*args):
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   command = [sys.executable, str(ROOT / 'experiments/report.py'), *map(str, args)]
@@ -387,153 +279,3 @@ def test_script_refuses_a_bad_directory_in_one_line(tmp_path):
   assert done.returncode == 2
   assert done.stderr.startswith('error: ')
   assert done.stderr.count('\n') == 1
-
-
-# ---------------------------------------------------------------------------------------------------------- two runs
-
-
-def shifted(path, tmp_path, name, factor, **data):
-  """The run of `path` again, with every loss times `factor`."""
-  other = write_run(tmp_path / name)
-  rows = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
-  write_jsonl(other / 'metrics.jsonl', [row | {'loss': factor * row['loss']} for row in rows[:-20]])
-  write_json(other / 'data.json', json.loads((path / 'data.json').read_text()) | data)
-  return other
-
-
-def test_compare_reports_the_relative_difference_of_common_steps(tmp_path):
-  path = write_run(tmp_path / 'one')
-  found = compare.compare(load_run(path), load_run(shifted(path, tmp_path, 'two', 1.002)), last=100)
-  losses = [json.loads(line)['loss'] for line in (path / 'metrics.jsonl').read_text().splitlines()][180:280]
-  assert (found['steps'], found['last']) == (280, 100)
-  assert found['mean_difference'] == pytest.approx(0.002) == found['mean_absolute_difference']
-  assert found['loss'] == pytest.approx(np.mean(losses))
-  assert found['other_loss'] == pytest.approx(1.002 * np.mean(losses))
-
-
-def test_compare_draws_both_and_is_a_script(tmp_path):
-  path = write_run(tmp_path / 'one')
-  other = shifted(path, tmp_path, 'two', 0.99)
-  command = [sys.executable, ROOT / 'experiments/compare.py', path, other, f'--plot={tmp_path}/two.png']
-  done = subprocess.run(command, capture_output=True, text=True, check=True)
-  assert json.loads(done.stdout)['mean_difference'] == pytest.approx(-0.01)
-  assert (tmp_path / 'two.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_compare_refuses_what_does_not_compare(tmp_path):
-  path = write_run(tmp_path / 'one')
-  base = load_run(path)
-  with pytest.raises(UserError, match='differ in text'):
-    compare.compare(base, load_run(shifted(path, tmp_path, 'two', 1, digest='another')), 10)
-  for last in (0, 301):
-    with pytest.raises(UserError, match='300 steps in common'):
-      compare.compare(base, base, last)
-
-
-# ------------------------------------------------------------------------------- what disks and editors do to a run
-
-
-DEEP = '[' * 600 + ']' * 600  # read as JSON, but not to be written again
-LARGE = '1' + '0' * 400  # an integer, but no float
-VALUES = ('null', '"x"', '[1]', '{"a": 1}', 'true', LARGE, 'NaN', '-1', '1e999', DEEP)
-
-
-def spoiled(path, name, keys, value):
-  """Sets fields of the last line of a file to some JSON text."""
-  *lines, last = path.joinpath(name).read_text().splitlines()
-  row = json.loads(last)
-  for key in keys:
-    target, (*sections, field) = row, key.split('.')
-    for section in sections:
-      target = target[section]
-    target[field] = 'PLACE'
-  path.joinpath(name).write_text('\n'.join([*lines, json.dumps(row).replace('"PLACE"', value)]) + '\n')
-
-
-@pytest.fixture
-def small(tmp_path):
-  return write_run(tmp_path / 'small', num_layers=2, num_experts=4, top_k=2, steps=6, history_every=3)
-
-
-@pytest.mark.parametrize('value', VALUES, ids=lambda value: value[:8])
-def test_measurements_of_another_kind_count_as_not_measured(small, value, monkeypatch):
-  rates = ('drop_rate', 'tokens_per_s', 'bias_min', 'bias_max', 'gate_entropy', 'grad_norm', 'learning_rate')
-  spoiled(small, 'metrics.jsonl', ('loss', 'tokens', 'step_s', 'max_vio_batch', *rates), value)
-  spoiled(small, 'evals.jsonl', ('val_loss', 'val_perplexity', 'val_bits_per_byte'), value)
-  spoiled(small, 'data.json', ('corpus', 'train_bytes', 'val_bytes', 'train_tokens', 'gzip_bits_per_byte'), value)
-  monkeypatch.setattr(figures, 'to_svg', lambda figure: b'')  # drawn, but not rendered
-  summary = write_report(small)
-  json.dumps(summary, allow_nan=False)
-  if value not in ('true', '-1'):  # these are numbers
-    for key in ('tokens', 'train_loss_last_20_rows', 'val_loss', 'gzip_bits_per_byte', 'train_bytes'):
-      assert summary[key] is None
-
-
-@pytest.mark.parametrize(
-  ('name', 'key'),
-  [
-    *[(name, 'step') for name in ('metrics.jsonl', 'evals.jsonl', 'load_history.jsonl')],
-    *[(name, 'load_LE') for name in ('evals.jsonl', 'load_history.jsonl')],
-    *[('config.json', f'config.model.{key}') for key in ('num_layers', 'num_experts', 'top_k', 'mtp_depth')],
-    *[('config.json', f'config.{key}') for key in ('train.steps', 'balance.bias_rule')],
-  ],
-)
-def test_what_a_report_cannot_do_without_is_refused_by_name(small, name, key):
-  whole, fits = (small / name).read_text(), {'config.balance.bias_rule': '"x"', 'config.train.steps': LARGE}
-
-  def read():
-    run = load_run(small)
-    return summarize(run), list(run.load_history)
-
-  for value in VALUES:
-    if value == fits.get(key):
-      continue
-    spoiled(small, name, [key], value)
-    with pytest.raises(UserError, match=rf'{re.escape(name)}|is nested too deeply') as caught:
-      read()
-    assert '\n' not in str(caught.value)
-    (small / name).write_text(whole)
-
-
-@pytest.mark.parametrize('key', ['parameters', 'versions', 'device', 'command', 'starts', 'config.train.seed'])
-def test_what_config_json_says_besides_is_shown_or_refused(small, key, monkeypatch):
-  monkeypatch.setattr(figures, 'to_svg', lambda figure: b'')
-  whole = (small / 'config.json').read_text()
-  for value in VALUES:
-    spoiled(small, 'config.json', [key], value)
-    try:
-      run = load_run(small)
-      summary = summarize(run)
-    except UserError:
-      assert value in ('NaN', '1e999', DEEP) or key == 'config.train.seed'
-    else:
-      json.dumps(summary, indent=2, allow_nan=False)
-      html.page(run, summary) if value == 'null' else run.holes
-    (small / 'config.json').write_text(whole)
-
-
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'evals.jsonl', 'load_history.jsonl'])
-def test_a_damaged_line_is_named(small, name):
-  *lines, last = (small / name).read_bytes().splitlines()
-  for damage in (b'', b'\0' * 50, b'[1]', b'{}', b'"x"', b'[' * 99_999, b'{"a":' * 99_999, b'\xff\xfe'):
-    (small / name).write_bytes(b'\n'.join([*lines, damage, last]) + b'\n')
-    with pytest.raises(UserError, match=rf'{re.escape(name)} line {len(lines) + 1} '):
-      load_run(small)
-
-
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'evals.jsonl', 'load_history.jsonl', 'data.json', 'sample.txt'])
-def test_only_regular_files_are_read(small, name):
-  (small / name).unlink()
-  os.mkfifo(small / name)
-  with pytest.raises(UserError, match='a pipe or device'):
-    load_run(small)
-
-
-def test_starts_and_missing_rows_are_shown(small, monkeypatch):
-  info, hole = json.loads((small / 'config.json').read_text()), 'metrics.jsonl ends at step <5>'
-  write_json(small / 'config.json', info | {'starts': [{'step': 0}, {'step': 8, 'holes': [hole, 7]}, 'x']})
-  monkeypatch.setattr(figures, 'to_svg', lambda figure: b'')
-  write_report(small)
-  page = (small / 'report.html').read_text()
-  assert 'Missing rows: metrics.jsonl ends at step &lt;5&gt;.' in page
-  assert '&quot;step&quot;: 8' in page
