@@ -39,7 +39,8 @@ def test_equals_float64(shape, chunk, mesh_of, monkeypatch):
   h, w, target, weight = inputs()
   rows = P('data')
   summed = lambda *operands: jax.lax.psum(cross_entropy(*operands, VOCAB), 'data')
-  mapped = jax.shard_map(summed, mesh=mesh_of(**shape), in_specs=(rows, P(None, 'tensor'), rows, rows), out_specs=P())
+  specs = rows, P(None, 'tensor'), rows, rows
+  mapped = jax.jit(jax.shard_map(summed, mesh=mesh_of(**shape), in_specs=specs, out_specs=P()))
   run = jax.jit(jax.value_and_grad(lambda h, w: 3 * mapped(h, w, target, weight), argnums=(0, 1)))
   nats, (dh, dw) = run(h, w)
   expected, expected_dh, expected_dw = exact(h, w, target, weight)
@@ -56,7 +57,7 @@ def test_bfloat16_keeps_dtypes_and_float32_sums(mesh_of):
   mapped = jax.shard_map(
     lambda h, w: cross_entropy(h, w, target, weight, VOCAB), mesh=mesh_of(), in_specs=(P(), P()), out_specs=P()
   )
-  nats, (dh, dw) = jax.value_and_grad(mapped, argnums=(0, 1))(h, w)
+  nats, (dh, dw) = jax.jit(jax.value_and_grad(mapped, argnums=(0, 1)))(h, w)
   expected, expected_dh, expected_dw = exact(np.asarray(h, np.float32), np.asarray(w, np.float32), target, weight)
   assert (nats.dtype, dh.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
   np.testing.assert_allclose(nats, expected, rtol=1e-5)
