@@ -31,6 +31,21 @@ jax.config.update('jax_num_cpu_devices', DEVICES)
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+# Of these, a file takes a minute or more. They begin, so that none is left for one worker while the other idles.
+LONG = (
+  'train/test_train.py', 'test_lowering.py', 'inference/test_generate.py', 'commands/test_generate_cli.py',
+  'sweep/test_ablate.py', 'train/test_train_again.py', 'test_notebooks.py', 'bench/test_bench.py',
+  'train/test_step_mesh.py', 'train/test_step.py', 'test_fuzz.py',
+)  # fmt: skip
+
+
+def pytest_configure(config):
+  config.option.loadscopereorder = False  # xdist would begin with the files of many tests, which are quick ones
+
+
+def pytest_collection_modifyitems(items):
+  place = {Path(__file__).parent / name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope='session')
@@ -44,6 +59,14 @@ def mesh_of():
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=devices)
 
   return mesh_of
+
+
+@pytest.fixture(scope='module')
+def unrendered():
+  """Figures of reports are drawn, but not rendered: that would take half as long as the training of a tiny run."""
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr('moe.report.figures.to_svg', lambda figure: b'')
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,7 @@ COUNTS = {'report': 40, 'load': 12, 'train': 5, 'sweep': 20, 'import': 12}
 
 
 @pytest.fixture(scope='module')
-def subjects(tmp_path_factory):
+def subjects(tmp_path_factory, unrendered):
   return Subjects(tmp_path_factory.mktemp('fuzz') / 'subjects')
 
 

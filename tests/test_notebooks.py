@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import jax
 import pytest
+from processes import environment
 
 NEEDS = "needs the extra of the notebooks: pip install -e '.[notebooks]'"
 nbclient = pytest.importorskip('nbclient', reason=NEEDS)
@@ -25,8 +25,8 @@ def printed(notebook):
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::PendingDeprecationWarning')
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, monkeypatch, tmp_path):
-  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(jax.config.jax_compilation_cache_dir))
+  for name, value in environment().items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setenv('TMPDIR', str(tmp_path))
   notebook = nbformat.read(path, 4)
   for cell in notebook.cells if path.stem in SHORTER else ():

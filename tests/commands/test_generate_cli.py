@@ -1,7 +1,6 @@
 """experiments/generate.py and evaluate.py on a run of two steps, on its exports, and on what they refuse."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import pathlib
@@ -14,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from processes import environment
+from processes import environment, script
 
 from moe.commands import run as whole
 from moe.config import CheckpointConfig, Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
@@ -48,7 +46,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(corpus, tmp_path_factory):
+def run(corpus, tmp_path_factory, unrendered):
   """A run with a byte-pair tokenizer and an MTP module."""
   workdir = tmp_path_factory.mktemp('run')
   data = DataConfig(str(corpus), tokenizer='bpe', seq_len=32, val_fraction=0.2, cache_dir=str(workdir / 'cache'))
@@ -65,27 +63,8 @@ def folder(run, tmp_path_factory):
   return target
 
 
-@pytest.fixture(scope='module')
-def script():
-  """script(name, *arguments): main of experiments/NAME.py in this process, with its 16 devices."""
-
-  def script(name, *arguments):
-    path = ROOT / 'experiments' / f'{name}.py'
-    spec = importlib.util.spec_from_file_location(f'script_{name}', path)
-    module, known = importlib.util.module_from_spec(spec), set(flags.FLAGS)
-    spec.loader.exec_module(module)
-    try:
-      module.main(flags.FLAGS([str(path), *map(str, arguments)]))
-    finally:  # the next script declares the same flags
-      for flag in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, flag)
-      flags.FLAGS.unparse_flags()
-
-  return script
-
-
 @pytest.fixture
-def text_of(script, capsys):
+def text_of(capsys):
   """text_of(checkpoint, *arguments): what generate.py prints, greedily, and its figures."""
 
   def text_of(checkpoint, *arguments):
@@ -132,7 +111,7 @@ def test_chat(folder, text_of, tmp_path):
     text_of(folder, '--chat')
 
 
-def test_several_prompts_and_a_stop(run, script, capsys):
+def test_several_prompts_and_a_stop(run, capsys):
   always = f'--checkpoint={run}', '--max_tokens=6', '--prompt=x', '--prompt=y =', '--cache_tokens=40'
   script('generate', *always, '--stop=never there')
   out = capsys.readouterr().out
@@ -141,7 +120,7 @@ def test_several_prompts_and_a_stop(run, script, capsys):
   assert capsys.readouterr().out == out
 
 
-def test_evaluation(run, folder, corpus, script, capsys):
+def test_evaluation(run, folder, corpus, capsys):
   found = []
   for checkpoint, *arguments in (
     (run,),
@@ -202,7 +181,7 @@ def with_fields(folder, target, **fields):
     (['--prompt=x', '--tokenizer=none.json'], r"tokenizer 'none\.json' does not exist"),
   ],
 )
-def test_bad_requests(arguments, says, run, script):
+def test_bad_requests(arguments, says, run):
   with pytest.raises(UserError, match=says):
     script('generate', f'--checkpoint={run}', *arguments)
 
@@ -227,7 +206,7 @@ def byte_run(tmp_path_factory):
   return byte_run
 
 
-def test_bad_checkpoints(folder, byte_run, script, tmp_path, capsys):
+def test_bad_checkpoints(folder, byte_run, tmp_path, capsys):
   plain, small = byte_run(257), byte_run(200)
   to_hf.export_run(plain, tmp_path / 'bytes', 'bfloat16', 5.0, None)
   no_shard = with_fields(folder, tmp_path / 'no_shard')

@@ -11,8 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from processes import environment
+from processes import environment, script
 
+from moe.errors import UserError
 from moe.files import read_json
 from moe.sweep import jobs
 
@@ -163,20 +164,26 @@ def test_seeds_that_the_folder_had_before_are_run_no_further(finished, corpus, t
   assert not list(workdir.glob('*,seed=1'))
 
 
+def test_a_bad_command_line_is_one_line(tmp_path):
+  result = ablate('--sweep=balanse', f'--workdir={tmp_path / "runs"}')
+  assert result.returncode == 2
+  assert "--sweep = 'balanse' must be one of balance, gamma" in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  assert not (tmp_path / 'runs').exists()
+
+
 @pytest.mark.parametrize(
-  ('arguments', 'message'),
+  ('argument', 'message'),
   [
-    (['--sweep=balanse'], "--sweep = 'balanse' must be one of balance, gamma"),
-    (['--report_only'], 'is no results folder of a sweep'),
-    (['--jobs=-1'], 'must be 0 to 10000'),
-    (['extra'], "unexpected argument 'extra'"),
+    ('--report_only', 'is no results folder of a sweep'),
+    ('--jobs=-1', 'must be 0 to 10000'),
+    ('extra', "unexpected argument 'extra'"),
   ],
 )
-def test_bad_command_lines_are_one_line(tmp_path, arguments, message):
-  result = ablate(*arguments, f'--workdir={tmp_path / "runs"}')
-  assert result.returncode == 2
-  assert message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+def test_other_bad_arguments(tmp_path, argument, message):
+  with pytest.raises(UserError, match=message) as caught:
+    script('ablate', argument, f'--workdir={tmp_path / "runs"}')
+  assert '\n' not in str(caught.value)
   assert not (tmp_path / 'runs').exists()
 
 
