@@ -115,6 +115,7 @@ def test_everything_from_the_run_is_escaped(page):
   assert '--config &lt;x&gt;' in page
 
 
+@pytest.mark.usefixtures('words_only')
 def test_numbers_that_puzzle_are_explained(run_dir, page):
   """Where they stand, and only there: the fake run beats gzip and logs no MTP loss."""
   more, mtp = 'More than gzip is usual after a short training', 'The loss of an MTP module may lie below'
@@ -130,6 +131,7 @@ def test_numbers_that_puzzle_are_explained(run_dir, page):
   assert '1.625' in page
 
 
+@pytest.mark.usefixtures('words_only')
 def test_mfu_is_shown_where_it_is_known(run_dir, page):
   assert 'MFU' not in page
   rows = read_jsonl(run_dir / 'metrics.jsonl')
@@ -175,6 +177,7 @@ def points(figure):
   }
 
 
+@pytest.mark.usefixtures('words_only')
 def test_the_sample_is_a_curve_and_the_whole_text_a_point_apart(run_dir):
   before = points(figures.loss(load_run(run_dir)))
   assert before.keys() == {'validation'}
@@ -188,6 +191,7 @@ def test_the_sample_is_a_curve_and_the_whole_text_a_point_apart(run_dir):
   assert 'of the same rows of the validation text at every step' in (run_dir / 'report.html').read_text()
 
 
+@pytest.mark.usefixtures('words_only')
 def test_a_run_that_was_evaluated_on_a_sample_only_says_so(run_dir):
   sample, _ = sampled(run_dir, finished=False)
   summary = write_report(run_dir)
@@ -198,6 +202,7 @@ def test_a_run_that_was_evaluated_on_a_sample_only_says_so(run_dir):
   assert 'Validation sample, step 200' in page
 
 
+@pytest.mark.usefixtures('words_only')
 def test_a_tokenizer_that_loses_text_is_said_beside_the_figure(run_dir):
   write_report(run_dir)
   assert 'than gzip' in (run_dir / 'report.html').read_text()
@@ -253,7 +258,7 @@ def test_58_layers_of_256_experts(tmp_path):
 def run_script(*args):
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   command = [sys.executable, str(ROOT / 'experiments/report.py'), *map(str, args)]
-  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_script_on_a_run_with_drops(tmp_path):

@@ -36,6 +36,12 @@ def whole(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope='module')
+def table_text(whole):
+  """What reporting `whole` prints; its report and tables lie in the folder then."""
+  return write_sweep_report(whole)
+
+
 @pytest.fixture
 def sweep(whole, tmp_path):
   """A copy that a test may change."""
@@ -51,8 +57,7 @@ def last_eval(path, variant, seed):
   return json.loads((path / f'{variant},seed={seed}' / 'evals.jsonl').read_text().splitlines()[-1])
 
 
-def test_table_is_mean_and_spread_over_seeds(whole):
-  text = write_sweep_report(whole)
+def test_table_is_mean_and_spread_over_seeds(whole, table_text):
   table = {row['variant']: row for row in rows(whole / 'table.csv')}
   assert list(table) == list(fake_sweep.VARIANTS)
   for variant, row in table.items():
@@ -67,7 +72,7 @@ def test_table_is_mean_and_spread_over_seeds(whole):
       deviation = math.sqrt(sum((value - sum(values) / 3) ** 2 for value in values) / 2)
       assert float(row[f'{key}_std']) == pytest.approx(deviation, rel=1e-9)
     assert row['finished_seeds'] == '3'
-    assert variant in text
+    assert variant in table_text
   for picture in ('pareto.png', 'max_vio.png'):
     assert (whole / picture).read_bytes().startswith(b'\x89PNG')
   runs = rows(whole / 'runs.csv')
@@ -121,8 +126,8 @@ def test_throughput_falls_with_imbalance_and_devices(whole):
   assert imbalance.relative_throughput(skewed, 16) < imbalance.relative_throughput(even, 16)
 
 
+@pytest.mark.usefixtures('table_text')
 def test_page_shows_everything_and_is_self_contained(whole):
-  write_sweep_report(whole)
   page = (whole / 'report.html').read_text()
   sections = ['Results', 'Quality against balance', 'Against sign', 'What imbalance costs', 'Balance over training']
   sections += ['Training loss', 'Load by layer and expert', 'Fairness', 'Set-up']
@@ -204,6 +209,7 @@ def test_a_baseline_that_has_just_begun_does_not_cut_the_gaps_of_the_others(swee
   assert [line.get_xdata()[-1] for line in others] == [40] * 3
 
 
+@pytest.mark.usefixtures('words_only')
 @pytest.mark.parametrize(
   ('name', 'text', 'why'),
   [('metrics.jsonl', 'garbage\n{}\n', 'line 1 is no valid JSON'), ('config.json', '', 'config.json is no valid JSON')],
@@ -232,6 +238,7 @@ def test_only_variants_with_the_most_seeds_are_ranked(sweep):
   assert {'sign, 3 seeds', 'none, 1 seed'} < set(labels)
 
 
+@pytest.mark.usefixtures('words_only')
 def test_a_variant_with_one_bad_seed_is_not_worse_for_it(sweep):
   """Seed 1 is worse by 0.5 for all; 'none' has that seed only, and is still the best, as it is with three."""
   for variant in fake_sweep.VARIANTS:
