@@ -76,7 +76,7 @@ def test_no_home(monkeypatch):
 def config_of():
   """config_of(*arguments): the Config that a script with these arguments would use."""
   known = set(flags.FLAGS)
-  config = cli.define_config('tiny.py')
+  config = cli.define_config('tiny')
 
   def config_of(*arguments):
     rest = cli._parse_flags(['script', *map(str, arguments)])
@@ -91,6 +91,7 @@ def config_of():
 
 def test_the_default_config_is_found_from_anywhere(config_of, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'tiny').mkdir()  # as in runs/, where the demo's run has its config's name
   assert config_of().model.d_ff == 384
   assert config_of().balance.gamma == 0.003
 

@@ -52,7 +52,7 @@ def config_file(text: str, name: str) -> Path:
     UserError: as `local_path`; or there is neither such a file nor such a config.
   """
   path = local_path(text, name)
-  if path.suffix or len(path.parts) > 1 or path.exists():
+  if path.suffix or len(path.parts) != 1 or path.is_file():  # a folder may be a run with the config's name
     return path
   if not (CONFIGS / f'{text}.py').is_file():
     known = ', '.join(sorted(file.stem for file in CONFIGS.glob('*.py')))
