@@ -27,7 +27,8 @@ class Logbook:
   """Appends rows to the files of a run directory; every row is on its way to disk when `write` returns."""
 
   def __init__(self, run_dir: pathlib.Path, resume_step: int, last_step: int, logged: dict | None = None):
-    """Opens the files, keeping rows up to and including `resume_step`; `last_step` will be evaluated again.
+    """Opens the files, keeping rows up to and including `resume_step`, but no evaluation of it if it is `last_step`
+    or past that: it will be made again.
 
     Args:
       logged: what `sync` returned before the checkpoint of resume_step was written, if that is known; rows of it that
@@ -41,14 +42,15 @@ class Logbook:
       digests.check_logs(run_dir, whole=False)
       for name in FILES:
         path = run_dir / f'{name}.jsonl'
-        keep = resume_step if name != 'evals' else min(resume_step, last_step - 1)
-        self._digests[name], self.last_steps[name] = _kept(path, keep)
+        kept, last = _kept(path, resume_step)
+        self.holes += _hole(path, last, kept[0], (logged or {}).get(name))
+        if name == 'evals' and resume_step >= last_step:
+          kept, last = _kept(path, resume_step - 1)
+        self._digests[name], self.last_steps[name] = kept, last
       self._write_digests()  # before rows go, so that they are not missed
       for name, (size, _) in self._digests.items():
-        path = run_dir / f'{name}.jsonl'
-        self._files[name] = path.open('ab')
+        self._files[name] = (run_dir / f'{name}.jsonl').open('ab')
         self._files[name].truncate(size)
-        self.holes += _hole(path, self.last_steps[name], (logged or {}).get(name))
       sync_folder(run_dir)
       self._board = Board(run_dir / 'tensorboard', resume_step + 1)
     except OSError as error:
@@ -146,9 +148,8 @@ def _lines_from_the_end(file) -> Iterator[tuple[bytes, int]]:
     held, end = held[: cut + 1], end - (len(held) - cut - 1)
 
 
-def _hole(path: pathlib.Path, last: int | None, size: int | None) -> list[str]:
-  """A line about rows that a checkpoint counted and that are not there, or none."""
-  found = path.stat().st_size if path.exists() else 0
+def _hole(path: pathlib.Path, last: int | None, found: int, size: int | None) -> list[str]:
+  """A line about rows that a checkpoint counted and that are not among the first `found` bytes, or none."""
   if size is None or (found >= size and _is_end(path, size)):
     return []
   ends = 'has no rows' if last is None else f'ends at step {last}'

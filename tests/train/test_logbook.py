@@ -60,6 +60,15 @@ def test_the_last_steps_evaluation_is_made_again(tmp_path):
   assert (steps_in(tmp_path, 'evals'), steps_in(tmp_path)) == ([5], [5, 10])
 
 
+@pytest.mark.parametrize('last_step', [15, 10, 1])
+def test_a_run_that_is_to_end_earlier_keeps_its_evaluations_and_has_no_hole(tmp_path, last_step):
+  """train.steps may be lowered to the step that was reached, or below; the checkpoint has counted its evaluation."""
+  sizes = written(tmp_path, [5, 10, 15])
+  book = Logbook(tmp_path, 15, last_step, sizes)
+  book.close()
+  assert (steps_in(tmp_path, 'evals'), book.holes) == ([5, 10], [])
+
+
 @pytest.mark.parametrize('name', logbook.FILES)
 def test_changed_rows_are_noticed_and_may_be_accepted(tmp_path, name):
   """One flipped bit in a digit, which leaves valid JSON; whoever goes on with it deletes the digests."""
