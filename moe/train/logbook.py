@@ -16,7 +16,7 @@ import numpy as np
 
 from moe.balance import load_history
 from moe.errors import UserError
-from moe.files import digests, parse_json, step_of, sync_folder
+from moe.files import digests, open_regular, parse_json, step_of, sync_folder
 from moe.train.tensorboard import Board
 
 FILES = ('metrics', 'load_history', 'evals')
@@ -123,7 +123,7 @@ def _kept(path: pathlib.Path, step: int) -> tuple[tuple[int, int], int | None]:
   """
   if not path.exists():
     return (0, 0), None
-  with path.open('rb') as file:
+  with open_regular(path) as file:
     for line, end in _lines_from_the_end(file):
       where = f'{path}, the row that ends at byte {end}'
       if line.endswith(b'\n') and (found := step_of(parse_json(line, where), where)) <= step:
@@ -139,7 +139,7 @@ def _lines_from_the_end(file) -> Iterator[tuple[bytes, int]]:
   while end:
     cut = held.rfind(b'\n', 0, len(held) - 1)
     if cut < 0 and start:
-      size = min(BLOCK_BYTES, start)
+      size = min(max(BLOCK_BYTES, len(held)), start)  # twice as much each time: a line may be as long as the file
       start -= size
       file.seek(start)
       held = file.read(size) + held

@@ -1,6 +1,7 @@
 """Rows of a run as it is started again: cut back from the end, and missed where a checkpoint counted them."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -126,6 +127,31 @@ def test_a_damaged_row_near_the_end_is_named(tmp_path, line):
     file.write(line + b'\n')
   with pytest.raises(UserError, match=r'metrics\.jsonl, the row that ends at byte'):
     Logbook(tmp_path, 1, 100)
+
+
+def test_zeros_at_the_end_are_cut_in_time_that_grows_with_their_number(tmp_path):
+  """What a power failure may leave of a file: one line, as long as it is, of which nothing is read twice."""
+  sizes = written(tmp_path, range(1, 11))
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
+    file.write(bytes(1 << 22))
+  reads = []
+
+  class Counted(io.FileIO):
+    def read(self, size=-1):
+      reads.append(size)
+      return super().read(size)
+
+  with Counted(tmp_path / 'metrics.jsonl') as file:
+    assert next(logbook._lines_from_the_end(file))[0] == bytes(1 << 22)
+  assert len(reads) < 20
+  Logbook(tmp_path, 10, 100, sizes).close()
+  assert (tmp_path / 'metrics.jsonl').stat().st_size == sizes['metrics']
+
+
+def test_a_pipe_in_the_place_of_rows_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / 'metrics.jsonl')
+  with pytest.raises(UserError, match='a pipe or device'):
+    Logbook(tmp_path, 0, 100)
 
 
 @pytest.mark.parametrize('lost', ['tail', 'file', 'middle', 'half a row'])
