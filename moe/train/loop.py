@@ -212,8 +212,10 @@ class Run:
 
   def _evaluate(self) -> bool:
     """Logs a point of the curve of validation losses: on the same rows at every step. False if a signal came."""
-    found = self._measured(self.config.train.eval_sequences)
-    return bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+    start, found = time.perf_counter(), self._measured(self.config.train.eval_sequences)
+    logged = bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+    self._row_time += time.perf_counter() - start  # evaluation is no step's time
+    return logged
 
   def _evaluate_all(self) -> bool:
     """Logs the result of the run, on all rows; beside it the curve's last point, where that has been on a sample.
@@ -230,7 +232,7 @@ class Run:
     return len(self.rows['val'].spread(self.config.train.eval_sequences)) < len(self.rows['val'])
 
   def _measured(self, sequences) -> dict:
-    """What `evaluate` finds, or {} if a signal came."""
+    """What `evaluate` finds, or {} if a signal came. Raises UserError if the model has come to infinities."""
     batch_size = self.config.train.batch_size // self.config.train.microbatches
     count = len(self.rows['val'].spread(sequences))
     with progress(0, -(-count // batch_size), 'batch', 'evaluation', leave=False) as bar:
@@ -242,9 +244,13 @@ class Run:
         return self.eval_step(*batch)
 
       try:
-        return evaluate.evaluate(eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+        found = evaluate.evaluate(eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
       except _Stopped:
         return {}
+    for key, value in found.items():
+      if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'step {self.done}: {key} = {value} in the evaluation: the weights of this step are no good')
+    return found
 
   def _log_evaluation(self, found) -> bool:
     row = {'step': self.done, **found}
@@ -255,7 +261,6 @@ class Run:
     bits, vio = found['val_bits_per_byte'], found['max_vio_global']
     what = 'validation' if found['set'] == 'full' else 'sample of the validation text'
     say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
-    self._row_time = time.perf_counter()  # evaluation is not the next step's time
     return True
 
   def _record(self, done, out, bar):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -188,6 +189,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
   with pytest.raises(UserError, match=r'step \d+: loss .*not finite; (no checkpoint yet|the last good checkpoint)'):
     whole.train(settings, str(tmp_path))
   assert all(np.isfinite(row['loss']) for row in rows(tmp_path))
+
+
+def test_evaluations_are_no_steps_time_and_are_finite(corpus, tmp_path, monkeypatch):
+  """By a clock on which a step takes 5 s and an evaluation 100, with an evaluation between two rows."""
+  clock, make_train_step = [0.0], loop.step.make_train_step
+  found = {'val_loss': 1.0, 'val_bits_per_byte': 1.0, 'max_vio_global': 0.0, 'load_LE': [[0] * 8]}
+
+  def takes(seconds, action):
+    def timed(*arguments):
+      clock[0] += seconds
+      return action(*arguments)
+
+    return timed
+
+  monkeypatch.setattr(loop.time, 'perf_counter', lambda: clock[0])
+  monkeypatch.setattr(loop.step, 'make_train_step', lambda *arguments: takes(5, make_train_step(*arguments)))
+  monkeypatch.setattr(loop.evaluate, 'evaluate', takes(100, lambda *_: found))
+  settings = config(corpus, **{'train.steps': 3, 'train.log_every': 2, 'train.eval_every': 1})
+  assert whole.train(settings, str(tmp_path))
+  assert [json.loads(line)['step_s'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == [5, 5]
+  found['val_loss'] = math.nan
+  with pytest.raises(UserError, match=r'step 3: val_loss = nan in the evaluation'):
+    whole.train(settings, str(tmp_path))
 
 
 @pytest.mark.parametrize(
