@@ -145,9 +145,11 @@ class Checkpoints:
     sync_folder(self.path)  # the newest must have its name before an older one goes
     steps = sorted(saved.steps(self.path))
     for step in steps[: -self._keep]:
-      if saved.is_free(self.path / str(step)):  # else whoever reads it has it until the next time
-        gone = self.path / f'{step}{DELETED}'
-        (self.path / str(step)).rename(gone)  # so that half of it is never taken for a checkpoint
+      gone = self.path / f'{step}{DELETED}'
+      with saved.taken(self.path / str(step)) as free:
+        if free:
+          (self.path / str(step)).rename(gone)  # so that half of it is never taken for a checkpoint
+      if free:  # else whoever reads it has it until the next time
         shutil.rmtree(gone)
     for path in self.path.glob(f'*{ASIDE}'):
       if steps and path.stem.isdecimal() and int(path.stem) <= steps[-1]:

@@ -1,11 +1,13 @@
 """One checkpoint on the disk, read by anyone: what it must hold, whether it is as it was written, and its arrays."""
 
+import contextlib
 import fcntl
 import math
 import os
 import pathlib
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,16 +79,17 @@ class Newest:
     return -1
 
 
-def is_free(folder: pathlib.Path) -> bool:
-  """Whether no `Newest` holds the checkpoint in `folder`."""
-  try:
-    with open(folder / META, 'rb+') as file:  # NFS wants it writable
+@contextlib.contextmanager
+def taken(folder: pathlib.Path) -> Iterator[bool]:
+  """Whether no `Newest` holds the checkpoint in `folder`; during the block none can begin to."""
+  with contextlib.ExitStack() as stack:
+    try:
+      file = stack.enter_context(open(folder / META, 'rb+'))  # NFS wants it writable
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:  # no such file, or a file system without locks
-    return True
-  return True
+      free = True
+    except OSError as error:  # no such file, or a file system without locks: it is free
+      free = not isinstance(error, BlockingIOError)
+    yield free
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -188,6 +191,8 @@ def _read_arrays(folder, parts, exact):
   except UserError:
     raise
   except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a damaged file
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):  # which says nothing about the files
+      raise UserError(f'there is not enough memory for checkpoint {folder} ({first_line(error)})') from error
     raise Damaged(f'checkpoint {folder} is damaged or foreign ({first_line(error)})') from error
   finally:
     reader.close()

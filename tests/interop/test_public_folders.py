@@ -273,7 +273,8 @@ def test_layers_are_read_from_a_checkpoint_that_is_held(plain, tmp_path, monkeyp
   held = []
 
   def read(file):
-    held.append(not saved.is_free(file.parents[1]))
+    with saved.taken(file.parents[1]) as free:
+      held.append(not free)
     return read_json(file)
 
   monkeypatch.setattr(run_sizes, 'read_json', read)

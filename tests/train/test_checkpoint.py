@@ -1,8 +1,10 @@
 """What a checkpoint gives back, and what is noticed; tests/test_train.py has interruption and full disks."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import pathlib
 import re
 import shutil
 import zlib
@@ -278,6 +280,18 @@ def test_none_is_whole(copied):
   assert names(copied) == ['12', '8']
 
 
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes')])
+def test_a_machine_without_memory_sets_no_checkpoint_aside(copied, monkeypatch, error):
+  """On the way to the newest one only: the one before it would have been gone on with."""
+  errors = [error]
+  read = on_disk.ocp.Checkpointer.restore
+  restore = lambda *arguments, **named: read(*arguments, **named) if not errors else (_ for _ in ()).throw(errors.pop())
+  monkeypatch.setattr(on_disk.ocp.Checkpointer, 'restore', restore)
+  with pytest.raises(UserError, match=r'^there is not enough memory for checkpoint .*/12 \((MemoryError|RESOURCE_EX)'):
+    newest(copied)
+  assert names(copied) == ['12', '8']
+
+
 def test_a_folder_under_another_name(copied):
   """A later step than its own, by hand or by a copy: the numbers of its own step are not of this one."""
   (copied / '8').rename(copied / '20')
@@ -418,6 +432,21 @@ def test_what_is_read_stays_while_newer_ones_are_written(tmp_path):
   write(tmp_path, 4, keep=1)
   assert names(folder) == ['4']
   assert on_disk.Newest(tmp_path).step == 4
+
+
+def test_nobody_begins_to_read_what_is_being_deleted(tmp_path, monkeypatch):
+  """A reader that waits for its lock then finds the folder gone, and looks for a newer one."""
+  folder, rename = write(tmp_path, 1, keep=1), pathlib.Path.rename
+
+  def looked_at(path, target):
+    if path.name == '1':
+      with open(path / on_disk.META) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return rename(path, target)
+
+  monkeypatch.setattr(pathlib.Path, 'rename', looked_at)
+  write(tmp_path, 2, keep=1)
+  assert names(folder) == ['2']
 
 
 def test_a_reader_of_a_replaced_checkpoint_takes_the_newer_one(tmp_path, monkeypatch):
