@@ -107,6 +107,7 @@ class Run:
     first = jax.process_index() == 0
     self.logbook = Logbook(path, self.done, config.train.steps, logged) if first else None
     self._row_time, self._row_step = time.perf_counter(), self.done
+    self._noted = False  # that there is a checkpoint, in config.json
     self._load_every = config.train.load_every or rows_every(config.train.log_every, config.train.steps)
     self._flops_per_token = flops.matmul_flops_per_token(self.config)
     self._peak_flops_per_s = flops.peak_bf16_flops_per_s(device_mesh.devices.flat[0].device_kind)
@@ -187,11 +188,11 @@ class Run:
         stack.callback(self.logbook.close)
 
   def _note_saved(self):
-    if self.logbook and self.checkpoints.latest() is not None:
+    if self.logbook and not self._noted and self.checkpoints.latest() is not None:
       run_dir.note_saved(self.path)
+      self._noted = True
 
   def _save(self):
-    self._note_saved()
     self.checkpoints.save(
       self.state,
       {
@@ -202,6 +203,7 @@ class Run:
         'data': {'next_batch': self.done, 'epoch': self.batches.epoch(self.done)},
       },
     )
+    self._note_saved()  # the one before, which is complete now
 
   def _owes_evaluation(self) -> bool:
     """Whether the periodic evaluation of this step is not in the log, as the run was stopped in it."""

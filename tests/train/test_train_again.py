@@ -184,6 +184,21 @@ def test_profile_writes_a_trace_and_loads_have_a_cadence_of_their_own(corpus, tm
   assert steps == [[1, 2, 3], [2, 3]]
 
 
+def test_config_json_may_be_edited_while_the_run_goes_on(corpus, tmp_path):
+  """It is compared when the run is started again, and costs no steps before that."""
+
+  class Edits(loop.Callback):
+    def logged(self, run, row):
+      if row['step'] == 3:
+        (tmp_path / 'config.json').write_text('an editor was here')
+
+  changes = {'train.steps': 4, 'train.eval_every': 0, 'checkpoint.every_steps': 1}
+  assert loop.train(config(corpus, **changes), str(tmp_path), [Edits()])
+  assert (tmp_path / 'checkpoints' / '4').is_dir()
+  with pytest.raises(UserError, match=r'config\.json is no valid JSON'):
+    loop.train(config(corpus, **changes), str(tmp_path))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
   settings = config(corpus, **{'optimizer.learning_rate': 1e30, 'optimizer.warmup_steps': 0, 'train.eval_every': 0})
   with pytest.raises(UserError, match=r'step \d+: loss .*not finite; (no checkpoint yet|the last good checkpoint)'):
@@ -207,11 +222,11 @@ def test_evaluations_are_no_steps_time_and_are_finite(corpus, tmp_path, monkeypa
   monkeypatch.setattr(loop.step, 'make_train_step', lambda *arguments: takes(5, make_train_step(*arguments)))
   monkeypatch.setattr(loop.evaluate, 'evaluate', takes(100, lambda *_: found))
   settings = config(corpus, **{'train.steps': 3, 'train.log_every': 2, 'train.eval_every': 1})
-  assert whole.train(settings, str(tmp_path))
+  assert loop.train(settings, str(tmp_path))
   assert [json.loads(line)['step_s'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == [5, 5]
   found['val_loss'] = math.nan
   with pytest.raises(UserError, match=r'step 3: val_loss = nan in the evaluation'):
-    whole.train(settings, str(tmp_path))
+    loop.train(settings, str(tmp_path))
 
 
 @pytest.mark.parametrize(
