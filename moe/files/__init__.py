@@ -3,6 +3,7 @@ does so here, so that a file which a disk, a power failure or an editor damaged 
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -88,6 +89,20 @@ def regular(path: Path, most_bytes: int | None = None) -> os.stat_result:
   if most_bytes is not None and found.st_size > most_bytes:
     raise UserError(f'{str(path)!r} has {found.st_size:,} bytes; at most {most_bytes:,} are read')
   return found
+
+
+def open_own(path: Path, flags: int = 0) -> BinaryIO:
+  """A file of ours to read and write, unbuffered, made if missing. Raises OSError, also for a pipe or device, for whose
+  other end opening it as usual would wait.
+
+  Args:
+    flags: of os.open, beside O_RDWR and O_CREAT.
+  """
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | flags, 0o666)
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, 'it is a pipe or device, not a file', str(path))
+  return os.fdopen(descriptor, 'r+b', buffering=0)
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int = 2) -> None:

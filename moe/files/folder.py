@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from moe.errors import UserError
-from moe.files import sweep_temporaries, write_atomically
+from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, sweep_temporaries, write_atomically
 from moe.files.lock import try_lock
 
 PLAN, LOCK = 'plan.json', 'lock'
@@ -53,8 +53,8 @@ def new_folder(target: Path, plan: dict):
 
 def _read(file):
   try:
-    return json.loads(file.read_text('utf-8'))
-  except (OSError, ValueError):
+    return parse_json(read_bytes(file, MAX_JSON_BYTES), str(file))
+  except UserError:
     return None
 
 

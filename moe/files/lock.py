@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from moe.errors import UserError
+from moe.files import open_own
 
 BEAT_S, WATCH_S = 5.0, 30.0  # between an owner's beats; how long a newcomer watches for one
 WORDS_BYTES = 512  # of an owner's words: always as many, written at once, so that no reader finds half of them
@@ -27,8 +28,10 @@ BOOT = Path('/proc/sys/kernel/random/boot_id')  # tells hosts of the same name a
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
-  """The open file, which holds the lock on `path` until it is closed; None if another has it. Raises OSError."""
-  file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), 'r+b', buffering=0)
+  """The open file, which holds the lock on `path` until it is closed; None if another has it. Raises OSError, also for
+  a link: an owner's words would be written over what it leads to.
+  """
+  file = open_own(path, os.O_NOFOLLOW)
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BaseException as error:
@@ -53,7 +56,7 @@ def owned(path: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     try:
       file = try_lock(path)
-      words = path.read_bytes()
+      words = _words(path)
       if file:
         stack.enter_context(file)
       if not file or _is_alive(path, words, say):
@@ -102,9 +105,14 @@ def _is_alive(path, words, say) -> bool:
   deadline = time.monotonic() + WATCH_S
   while time.monotonic() < deadline:
     time.sleep(WATCH_S / 30)
-    if path.read_bytes() not in (words, b''):  # opened anew, as NFS then looks at the server
+    if _words(path) not in (words, b''):  # opened anew, as NFS then looks at the server
       return True
   return False
+
+
+def _words(path) -> bytes:
+  with path.open('rb', buffering=0) as file:
+    return file.read(WORDS_BYTES)
 
 
 def _owner(words) -> str:

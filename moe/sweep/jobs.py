@@ -21,7 +21,7 @@ from typing import NamedTuple
 import tqdm
 
 from moe.errors import UserError, one_line
-from moe.files import parse_json, read_json, step_of
+from moe.files import open_own, parse_json, read_json, step_of
 from moe.files.lock import try_lock
 from moe.files.paths import COMMAND
 from moe.sweep.manifest import LOCK, RunOf
@@ -99,7 +99,7 @@ def run_job(job: Job, environment: dict[str, str], stop: threading.Event) -> Res
   status = 0
   try:
     job.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(job.folder / LOCK, stop) as lock, (job.folder / LOG).open('ab') as log:
+    with _locked(job.folder / LOCK, stop) as lock, open_own(job.folder / LOG, os.O_APPEND) as log:
       if stop.is_set():
         return Result(job.name, 'stopped', 'not started')
       if not is_finished(job.folder):  # whoever held the lock before may have finished it

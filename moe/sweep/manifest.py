@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import moe
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
-from moe.files import read_json, sweep_temporaries, write_json
+from moe.files import open_own, read_json, sweep_temporaries, write_json
 from moe.sweep.variants import Variant, check_names, flatten, overlay
 
 FILE, LOCK = 'sweep.json', '.lock'
@@ -86,7 +86,7 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
     if names and not names & {FILE, LOCK}:  # with the lock and no sweep.json, another command may be writing just now
       raise foreign
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open('a')
+    lock = open_own(folder / LOCK)
   except OSError as error:
     raise UserError(f'cannot write to workdir {folder}: {error.strerror}') from error
   with lock:

@@ -114,3 +114,13 @@ def test_a_lock_may_hold_anything(tmp_path, quick, words):
 def test_a_lock_that_cannot_be_written(tmp_path):
   (tmp_path / 'owner').mkdir()
   assert refused(tmp_path / 'owner').startswith('cannot lock')
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+  pipe, kept, link = tmp_path / 'pipe', tmp_path / 'kept', tmp_path / 'link'
+  os.mkfifo(pipe)
+  assert 'it is a pipe or device, not a file' in refused(pipe)
+  kept.write_text('something of the user')
+  link.symlink_to(kept)
+  assert 'cannot lock' in refused(link)
+  assert kept.read_text() == 'something of the user', 'words written through a link'

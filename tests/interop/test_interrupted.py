@@ -167,3 +167,13 @@ def test_two_at_once(tmp_path):
       pass
     assert (first / 'file').exists()
   assert contents(tmp_path / 'hf') == {'file': b''}
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, lambda file: file.write_text('[' * 100_000)])
+def test_a_plan_that_is_none_is_made_anew(tmp_path, make):
+  partial = tmp_path / '.hf.partial'
+  partial.mkdir()
+  make(partial / 'plan.json')
+  with new_folder(tmp_path / 'hf', {}) as folder:
+    (folder / 'file').touch()
+  assert [path.name for path in (tmp_path / 'hf').iterdir()] == ['file']

@@ -103,6 +103,14 @@ def test_a_command_that_cannot_start_is_a_failure(tmp_path):
   assert 'cannot run in' in results[0].reason
 
 
+def test_a_log_that_is_a_pipe_is_a_failure_and_not_waited_for(tmp_path):
+  folder = tmp_path / 'a,seed=0'
+  folder.mkdir()
+  os.mkfifo(folder / jobs.LOG)
+  (result,) = run_all([job(folder)])
+  assert (result.status, 'it is a pipe or device' in result.reason) == ('failed', True)
+
+
 def test_last_words_are_of_the_last_attempt(tmp_path):
   assert jobs.last_words(tmp_path) == ''
   (tmp_path / jobs.LOG).write_text('$ a\nerror: old\n\n$ a\nhalf \r done\nerror: new\n  0% left\n')

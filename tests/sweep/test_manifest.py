@@ -1,6 +1,7 @@
 """Which command may go on in which results folder, and the declared sweeps."""
 
 import json
+import os
 import pathlib
 import threading
 
@@ -138,6 +139,12 @@ def test_folders_of_other_things(tmp_path, spoil, message):
   with pytest.raises(UserError, match=message) as caught:
     manifest.open_folder(tmp_path, sweep())
   assert '\n' not in str(caught.value)
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / manifest.LOCK)
+  with pytest.raises(UserError, match='it is a pipe or device, not a file'):
+    manifest.open_folder(tmp_path, sweep())
 
 
 def test_a_file_is_no_folder(tmp_path):
