@@ -17,6 +17,7 @@ import numpy as np
 from moe.balance import load_history
 from moe.errors import UserError
 from moe.files import digests, open_regular, parse_json, step_of, sync_folder
+from moe.files import MAX_JSON_BYTES, digests, open_regular, parse_json, step_of, sync_folder
 from moe.train.tensorboard import Board
 
 FILES = ('metrics', 'load_history', 'evals')
@@ -133,13 +134,15 @@ def _kept(path: pathlib.Path, step: int) -> tuple[tuple[int, int], int | None]:
 
 
 def _lines_from_the_end(file) -> Iterator[tuple[bytes, int]]:
-  """(line, with its end if it has one; the byte after it), last first."""
+  """(line, with its end if it has one; the byte after it), last first. Raises UserError if one is too long for JSON."""
   start = end = file.seek(0, os.SEEK_END)
   held = b''  # the file from `start` to `end`
   while end:
     cut = held.rfind(b'\n', 0, len(held) - 1)
     if cut < 0 and start:
-      size = min(max(BLOCK_BYTES, len(held)), start)  # twice as much each time: a line may be as long as the file
+      if len(held) > MAX_JSON_BYTES:
+        raise UserError(f'{file.name}, the row that ends at byte {end}, is longer than {MAX_JSON_BYTES:,} bytes')
+      size = min(max(BLOCK_BYTES, len(held)), start)  # twice as many each time, or a long line takes for ever
       start -= size
       file.seek(start)
       held = file.read(size) + held

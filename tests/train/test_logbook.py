@@ -286,3 +286,19 @@ def test_the_owner_sweeps_up_after_killed_writers(tmp_path):
     second = run_dir.owned(path, Config(), print)
     with pytest.raises(UserError, match=f'process {os.getpid()} on .* is at work on the run in'), second:
       pass
+
+
+@pytest.mark.parametrize('name', logbook.FILES)
+def test_rows_in_a_pipe_are_refused_and_not_waited_for(tmp_path, name):
+  os.mkfifo(tmp_path / f'{name}.jsonl')
+  with pytest.raises(UserError, match='a pipe or device, not a file'):
+    Logbook(tmp_path, 0, 10)
+
+
+def test_a_row_that_never_ends_is_refused(tmp_path, monkeypatch):
+  """Zeros, as some file systems leave them behind a power failure; such a row took time with its square."""
+  monkeypatch.setattr(logbook, 'MAX_JSON_BYTES', 1 << 20)
+  (tmp_path / 'metrics.jsonl').touch()
+  os.truncate(tmp_path / 'metrics.jsonl', 1 << 26)
+  with pytest.raises(UserError, match='is longer than 1,048,576 bytes'):
+    Logbook(tmp_path, 0, 10)
