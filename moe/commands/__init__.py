@@ -23,9 +23,8 @@ def main() -> None:
     sys.argv = [f'moe {name}', *rest]
     start(name)
   elif name in ('', '-h', '--help', 'help'):
-    print('usage: moe COMMAND ...; moe COMMAND --help tells its flags\n')
-    for known in NAMES:
-      print(f'  {known:14} {_first_line(known)}')
+    sys.argv = sys.argv[:1]
+    cli.run(_usage)
   else:
     cli.fail(f'there is no command {name!r}; the nearest is {nearest(name, NAMES)!r} (moe --help lists them)')
 
@@ -37,6 +36,12 @@ def start(name: str) -> None:
   sys.modules['__main__'].__doc__ = module.__doc__  # what --help shows, with the flags adopted here
   flags.adopt_module_key_flags(module)
   cli.run(module.main)
+
+
+def _usage(_):
+  print('usage: moe COMMAND ...; moe COMMAND --help tells its flags\n')
+  for known in NAMES:
+    print(f'  {known:14} {_first_line(known)}')
 
 
 def _first_line(name):
