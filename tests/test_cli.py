@@ -115,6 +115,15 @@ def test_settings_of_the_command_line(config_of, tmp_path):
   assert config_of(f'--config={file}:y=1:2').train.sample_prompt == 'y=1:2'
 
 
+def test_a_run_may_have_the_name_of_a_config(config_of, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  want = config_of('--config=tiny')
+  (tmp_path / 'tiny').mkdir()  # --workdir=tiny, at its second start
+  assert config_of('--config=tiny') == want
+  (tmp_path / 'h200').write_text('def get_config(arg=""): return {"train": {"steps": 7}}')  # a file, however, is meant
+  assert config_of('--config=h200').train.steps == 7
+
+
 def test_every_setting_has_a_flag(config_of):
   assert {f'config.{key}' for key in KINDS} < set(flags.FLAGS)
 
@@ -136,7 +145,7 @@ def test_every_setting_has_a_flag(config_of):
     (['--confg=x.py'], "Unknown command line flag 'confg'. Did you mean: config"),
     (['--flagfile=none.txt'], 'Unable to open flagfile'),
     (['--flagfile=.'], 'Unable to open flagfile'),
-    (['--config=nowhere.py'], '^--config is no Python file that runs: .*No such file'),
+    (['--config=nowhere.py'], '^--config = .nowhere.py. is no file, and .* comes with this package: .*tiny'),
     (['--config=.'], 'it is a folder, not a file'),
     (['--config=/dev/zero'], 'a pipe or device, not a file'),
     (['--config=gs://b/c.py'], '--config = .* is an address'),
@@ -220,6 +229,17 @@ def test_a_reader_that_has_gone(main, environ):
   os.close(read)
   try:
     assert ends(main, write, environ)[::2] == (128 + signal.SIGPIPE, '')
+  finally:
+    os.close(write)
+
+
+def test_a_reader_of_the_list_of_commands_that_has_gone():
+  read, write = os.pipe()
+  os.close(read)
+  try:
+    command = [sys.executable, '-m', 'moe', '--help']
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, '')
   finally:
     os.close(write)
 

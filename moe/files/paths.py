@@ -52,12 +52,13 @@ def config_file(text: str, name: str) -> Path:
     UserError: as `local_path`; or there is neither such a file nor such a config.
   """
   path = local_path(text, name)
-  if path.suffix or len(path.parts) != 1 or path.is_file():  # a folder may be a run with the config's name
-    return path
-  if not (CONFIGS / f'{text}.py').is_file():
+  packaged = CONFIGS / f'{path.name}.py'
+  if not path.suffix and len(path.parts) == 1 and not path.is_file() and packaged.is_file():  # a folder may be a run
+    return packaged
+  if not path.exists():
     known = ', '.join(sorted(file.stem for file in CONFIGS.glob('*.py')))
     raise UserError(f'{name} = {text!r} is no file, and no config that comes with this package: {known}')
-  return CONFIGS / f'{text}.py'
+  return path
 
 
 def run_python(path: Path, name: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from moe.balance import load_history
 from moe.errors import UserError
-from moe.files import digests, open_regular, parse_json, step_of, sync_folder
 from moe.files import MAX_JSON_BYTES, digests, open_regular, parse_json, step_of, sync_folder
 from moe.train.tensorboard import Board
 

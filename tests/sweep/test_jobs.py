@@ -225,7 +225,7 @@ def test_the_command_of_a_run_rebuilds_its_config(tmp_path):
   made = jobs.job_of(run, tmp_path)
   code = (
     'import sys; from absl import flags; from moe import cli\n'
-    'config = cli.define_config("tiny.py"); flags.DEFINE_string("workdir", "", "")\n'
+    'config = cli.define_config("tiny"); flags.DEFINE_string("workdir", "", "")\n'
     'flags.FLAGS(sys.argv); print(repr(config()), flags.FLAGS.workdir)'
   )
   arguments = made.command[2:]
