@@ -27,7 +27,8 @@ def compare(base: Run, other: Run, last: int) -> dict[str, float | int]:
       raise UserError(f'{base.path} and {other.path} differ in {what} ({mine}, {theirs}): their steps do not compare')
   steps, losses, others = common(base, other)
   if not 0 < last <= len(steps):
-    raise UserError(f'last = {last}: {base.path} and {other.path} have {len(steps)} steps in common; choose 1 to that')
+    common_steps = f'{base.path} and {other.path} have {len(steps)} steps in common'
+    raise UserError(f'--last = {last}: {common_steps}' + (f'; choose 1 to {len(steps)}' if len(steps) else ''))
   difference = (others / losses - 1)[-last:]
   return {
     'steps': len(steps),
