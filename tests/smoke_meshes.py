@@ -115,6 +115,7 @@ def collect(mesh: str, cpu_devices: int, devices: int, jobs: list[str]) -> dict[
       begun = row.get('begin')
       if not begun:
         found[row['job']] = row
+        print(f'{mesh}: {row["job"]} {row.get("failed", "done")}, {row["s"]:.0f} s', file=sys.stderr, flush=True)
     code = process.wait()
     if begun or code:
       died = signal.Signals(-code).name if code < 0 else f'exit status {code}'
