@@ -165,8 +165,8 @@ def test_two_processes_train_like_one(finished, corpus, tmp_path):
 
 def test_a_write_that_fails_half_way_ends_the_run(corpus, tmp_path):
   """The disk fills up while a checkpoint is being written: here, no file may grow past 60 kB."""
-  changes = {'model.d_expert': 256, 'model.num_layers': 1, 'train.steps': 3, 'checkpoint.every_steps': 2}
-  settings = flags(corpus, **changes, **{'train.eval_every': 0})
+  changes = {'model.d_expert': 256, 'model.num_layers': 1, 'model.num_dense_layers': 0, 'train.eval_every': 0}
+  settings = flags(corpus, **changes, **{'train.steps': 3, 'checkpoint.every_steps': 2})
   environ = environment() | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   limited = ['sh', '-c', 'ulimit -f 117; exec "$@"', 'sh', *command(tmp_path, settings)]  # blocks of 512 bytes
   result = subprocess.run(limited, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
