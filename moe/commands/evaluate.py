@@ -3,7 +3,7 @@
 moe evaluate --checkpoint=runs/tiny
 moe evaluate --checkpoint=runs/tiny --quantize=mxfp4 --paths=my_text/
 
---quantize rounds the weights first, as `generate.py --quantize` does.
+--quantize rounds the weights first, as `moe generate --quantize` does.
 """
 
 import dataclasses
