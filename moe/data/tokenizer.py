@@ -23,7 +23,9 @@ from moe.errors import UserError
 from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, write_atomically
 
 FILE = 'tokenizer.json'
-MAX_GROWTH = 1000  # a normalizer may multiply text by so much; Llama's, which marks spaces, doubles it at most
+MAX_GROWTH = (
+  1000  # a normalizer or decoder may multiply text by so much; Llama's, which marks spaces, doubles it at most
+)
 # Taken, in this order, where nothing names the token that starts a document; the first is that of our own BPE.
 BOS_NAMES = (
   *('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>'),
@@ -129,7 +131,8 @@ class JsonTokenizer(Tokenizer):
     """
     with library_errors(ValueError):
       self._tokenizer = tokenizers.Tokenizer.from_str(text)
-    _check_growth(self._tokenizer.normalizer)
+    for part, what in ((self._tokenizer.normalizer, 'normalizer'), (self._tokenizer.decoder, 'decoder')):
+      _check_growth(part, what)
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True  # '<s>' within a document must not become a BOS
@@ -185,7 +188,8 @@ class JsonTokenizer(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
-    return self._tokenizer.decode(kept, skip_special_tokens=False)
+    with library_errors(UserError, 'tokenizer cannot decode all tokens: '):
+      return self._tokenizer.decode(kept, skip_special_tokens=False)
 
   def token_bytes(self) -> np.ndarray:
     sizes, vocab = np.zeros(self.vocab_size, np.int32), self._tokenizer.get_vocab()
@@ -223,19 +227,17 @@ def library_errors(kind: type[Exception], what: str = ''):
     raise kind(f'{what}{error}') from error
 
 
-def _check_growth(normalizer):
-  """Raises UserError if encoding text may take memory out of proportion, in which the library ends the process."""
-  growth = _growth(json.loads(normalizer.__getstate__())) if normalizer else 1
+def _check_growth(part, what):
+  """Raises UserError if a normalizer or decoder may take memory out of proportion: the library would then abort."""
+  growth = _growth(json.loads(part.__getstate__())) if part else 1
   if growth > MAX_GROWTH:
-    raise UserError(
-      f'tokenizer whose normalizer multiplies text by up to {growth:.3g}; at most {MAX_GROWTH} is allowed'
-    )
+    raise UserError(f'tokenizer whose {what} multiplies text by up to {growth:.3g}; at most {MAX_GROWTH} is allowed')
 
 
 def _growth(spec: dict) -> float:
-  """How many characters a normalizer, as tokenizer.json spells it, may make of one by what it puts in."""
+  """How many characters a normalizer or decoder, as tokenizer.json spells it, may make of one by what it puts in."""
   if spec['type'] == 'Sequence':
-    return math.prod(float(_growth(part)) for part in spec['normalizers'])
+    return math.prod(float(_growth(part)) for part in spec.get('normalizers', spec.get('decoders')))
   matches_nothing = spec['type'] == 'Prepend' or 'Regex' in spec.get('pattern', ())  # so that what was there stays
   return max(1, len(spec.get('content', spec.get('prepend', ''))) + matches_nothing)
 

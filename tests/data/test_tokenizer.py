@@ -182,6 +182,20 @@ def test_a_normalizer_that_multiplies_text_is_refused(normalizer):
     tokenizer_lib.JsonTokenizer(growing(normalizer))
 
 
+def test_a_decoder_that_multiplies_text_is_refused():
+  found = tokenizers.Tokenizer.from_str(LLAMA.to_str())
+  found.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace('e', 'e' * 100)] * 2)
+  with pytest.raises(UserError, match='decoder multiplies text'):
+    tokenizer_lib.JsonTokenizer(found.to_str())
+
+
+def test_a_decoder_at_which_the_library_panics(bpe):
+  """It takes more characters away than there are."""
+  fields = json.loads(bpe.to_json()) | {'decoder': {'type': 'Strip', 'content': 'a', 'start': 0, 'stop': 9}}
+  with pytest.raises(UserError, match='tokenizer cannot decode all tokens: index out of bounds'):
+    tokenizer_lib.JsonTokenizer(json.dumps(fields)).decode([bpe.token_id('a')])
+
+
 def test_usual_normalizers_are_not_refused():
   usual = [tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁'), tokenizers.normalizers.NFKC()]
   found = tokenizer_lib.JsonTokenizer(growing(tokenizers.normalizers.Sequence(usual)))
