@@ -20,6 +20,7 @@ from moe.errors import UserError, one_line
 from moe.files.paths import config_file, refuse_address, run_python, users_code
 
 HELP = re.compile('--?help(short|full|xml)?')
+NO_MEMORY = 'RESOURCE_EXHAUSTED', 'Out of memory allocating'  # XLA's words: of any device, of the CPU while it computes
 INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 flags.disclaim_key_flags()  # flags are the scripts'
@@ -56,7 +57,7 @@ def run(main: Callable) -> None:
     _drop_output()
     sys.exit(UNREAD) if unread else fail(f'cannot write {error.filename or "the output"}: {error.strerror}')
   except RuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):  # XLA's words for a device without memory
+    if not any(words in str(error) for words in NO_MEMORY):
       raise
     fail(f'there is not enough memory on the device: {error}')
 
@@ -146,6 +147,8 @@ def _parse_flags(argv):
     raise UserError(
       f'unknown setting --config.{key}; the nearest valid one is --config.{nearest(key, KINDS)}'
     ) from error
+  except RecursionError as error:
+    raise UserError('bad command line: files of --flagfile name one another too deeply') from error
   except (flags.Error, OSError, ValueError) as error:  # the latter two: of a --flagfile
     raise UserError(f'bad command line: {error}') from error
 

@@ -164,6 +164,7 @@ def test_mistakes_on_the_command_line(config_of, arguments, message):
     ('\0', 'null bytes'),
     ('x = 1\nx += y', "line 2: NameError: name 'y'"),
     ('import sys\nsys.exit()', 'line 2: SystemExit'),
+    ('class Mine(BaseException): pass\nraise Mine(5)', 'line 2: Mine: 5'),
     ('x = 1', r'defines no get_config\(\)'),
     ('get_config = 5', r'defines no get_config\(\)'),
     ('def get_config(arg=""): return 1 / 0', 'line 1: ZeroDivisionError'),
@@ -181,6 +182,14 @@ def test_config_files_that_do_not_work(config_of, tmp_path, text, message):
   file.write_text(text)
   with pytest.raises(UserError, match=message):
     config_of(f'--config={file}', '--config.train.steps=5')
+
+
+def test_files_of_flags_that_name_one_another(config_of, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for number in range(1000):
+    (tmp_path / f'{number}.txt').write_text(f'--flagfile={number + 1}.txt')
+  with pytest.raises(UserError, match='bad command line: files of --flagfile'):
+    config_of('--flagfile=0.txt')
 
 
 def test_a_pipe_is_not_waited_for(config_of, tmp_path):
@@ -208,6 +217,12 @@ def ends(main, stdout=subprocess.PIPE, environ=(), arguments=()):
     ('print("x"); raise UserError("no " + "y" * 999)', 2, 'x\n', r'error: no y+ \.\.\. y+\n'),
     ('raise MemoryError', 2, '', 'error: there is not enough memory: Python could get no more\n'),
     ('raise RuntimeError("RESOURCE_EXHAUSTED: 5 GB")', 2, '', 'error: there is not enough memory .* 5 GB\n'),
+    (
+      'raise RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 5 bytes.")',
+      2,
+      '',
+      'error: there is not enough memory .* 5 bytes.\n',
+    ),
     ('import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)', 130, '', ''),
     ('raise OSError(28, "No space left", "/full/x")', 2, '', 'error: cannot write /full/x: No space left\n'),
     ('raise BrokenPipeError(32, "a socket")', 1, '', r'Traceback.*BrokenPipeError.*a socket\n'),

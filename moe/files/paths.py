@@ -78,9 +78,9 @@ def users_code(path: Path, name: str) -> Iterator[None]:
   """Around code of a user's Python file: whatever it raises is a UserError with its line."""
   try:
     yield
-  except UserError:
+  except (UserError, KeyboardInterrupt):
     raise
-  except (Exception, SystemExit) as error:
+  except BaseException as error:  # SystemExit, CancelledError, one of its own
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     where = f', line {lines[-1]}' if lines else ''
     raise UserError(f'{name} = {str(path)!r}{where}: {type(error).__name__}: {error}') from error
