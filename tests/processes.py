@@ -1,4 +1,4 @@
-"""Scripts of experiments/: the environment of the processes that tests start, and a script's main in this process."""
+"""Commands: the environment of the processes that tests start, and a command's main in this process."""
 
 import importlib.util
 import os
@@ -7,7 +7,7 @@ import pathlib
 import jax
 from absl import flags
 
-EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / 'experiments'
+COMMANDS = pathlib.Path(__file__).resolve().parents[1] / 'moe/commands'
 
 
 def environment() -> dict[str, str]:
@@ -21,8 +21,8 @@ def environment() -> dict[str, str]:
 
 
 def script(name: str, *arguments) -> None:
-  """Calls main of experiments/NAME.py in this process, with its 16 devices; mistakes are raised as UserError."""
-  path = EXPERIMENTS / f'{name}.py'
+  """Calls main of moe/commands/NAME.py in this process, with its 16 devices; mistakes are raised as UserError."""
+  path = COMMANDS / f'{name}.py'
   spec = importlib.util.spec_from_file_location(f'script_{name}', path)
   module, known = importlib.util.module_from_spec(spec), set(flags.FLAGS)
   spec.loader.exec_module(module)

@@ -3,7 +3,8 @@
 moe evaluate --checkpoint=runs/tiny
 moe evaluate --checkpoint=runs/tiny --quantize=mxfp4 --paths=my_text/
 
---quantize rounds the weights first, as `moe generate --quantize` does.
+The text of a run must be what it trained on: with a file more, text is split otherwise, and what is validation text now
+was training text then. --paths evaluates on any. --quantize rounds the weights first, as that of `moe generate` does.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from absl import flags
 
 from moe.data.batches import pack
 from moe.data.corpus import load_corpus
+from moe.data.prepare import check_text
 from moe.errors import UserError
+from moe.files.paths import local_path
 from moe.inference import flags as model_flags
 from moe.inference import quantize
 from moe.train import evaluate
@@ -35,7 +38,10 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; see --help')
   model = model_flags.load_model()
   data = model.config.data if PATHS.value is None else dataclasses.replace(model.config.data, paths=PATHS.value)
-  rows = pack(load_corpus(data).val, model.tokenizer, data.seq_len, 'the validation text')
+  corpus = load_corpus(data)
+  if PATHS.value is None:
+    check_text(local_path(model_flags.CHECKPOINT.value, '--checkpoint'), corpus)
+  rows = pack(corpus.val, model.tokenizer, data.seq_len, 'the validation text')
   shards = model_flags.DATA.value * model_flags.EXPERT.value
   size = -(-BATCH.value // shards) * shards
   config = dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, batch_size=size))

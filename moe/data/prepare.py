@@ -116,6 +116,16 @@ def describe(path: Path, corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, R
   return _lines(path, old, new)
 
 
+def check_text(path: Path, corpus: Corpus) -> None:
+  """Raises UserError if the run in folder `path` says that it trained on another text or split than `corpus`.
+
+  What is validation text here may be training text there: a file more is enough to split the text otherwise.
+  """
+  file = path / 'data.json'
+  if os.path.lexists(file):
+    _check_same_text(path, _read(file), corpus, 'name the text to evaluate on')
+
+
 def _lines(path: Path, old: dict, new: dict) -> list[str]:
   megabytes = (new['train_bytes'] + new['val_bytes']) / 1e6
   trigram, gzip = (new[name] for name in COSTS)
@@ -149,13 +159,16 @@ def _read(file: Path) -> dict[str, Any]:
   return old
 
 
-def _check_same(path: Path, old: dict, corpus: Corpus, tokenizer: Tokenizer):
-  if old and old['digest'] != corpus.digest:
+def _check_same_text(path: Path, old: dict, corpus: Corpus, otherwise: str):
+  if old['digest'] != corpus.digest:
     size = f', {old["train_bytes"] + old["val_bytes"]:,} bytes' if {'train_bytes', 'val_bytes'} <= old.keys() else ''
-    raise UserError(
-      f'the run in {path} began with other text ({old.get("corpus", "unnamed")[:100]}{size}); restore it or choose '
-      'another workdir'
-    )
+    begun = f'{old.get("corpus", "unnamed")[:100]}{size}'
+    raise UserError(f'the run in {path} began with other text ({begun}); restore it or {otherwise}')
+
+
+def _check_same(path: Path, old: dict, corpus: Corpus, tokenizer: Tokenizer):
+  if old:
+    _check_same_text(path, old, corpus, 'choose another workdir')
   kept, own, file = old.get('tokenizer_digest'), _own_digest(path), path / 'tokenizer.json'
   if tokenizer.digest == kept or (kept is None and own is None):
     return

@@ -141,6 +141,17 @@ def test_evaluation(run, folder, corpus, capsys):
   assert abs(rounded['val_loss'] - of_run['val_loss']) < 0.3
 
 
+def test_evaluation_on_text_that_has_changed(run, corpus, script, capsys):
+  """Another file splits the text otherwise, so that most of the new validation text was training text."""
+  (corpus / 'new.py').write_text('x = y\n' * 50)
+  try:
+    with pytest.raises(UserError, match=r'began with other text .*; restore it or name the text to evaluate on'):
+      script('evaluate', f'--checkpoint={run}')
+    script('evaluate', f'--checkpoint={run}', f'--paths={corpus}', '--sequences=1')
+  finally:
+    (corpus / 'new.py').unlink()
+
+
 def test_what_a_folder_says(run, folder, tmp_path):
   """Its dtype, its end tokens, and how long its sequences are; a run ends where the next document would begin."""
   model = load.load(folder, MeshConfig())
