@@ -22,8 +22,10 @@ _SEAL = re.compile(rb',\n *"crc32": "([0-9a-f]{8})"\n}\n\Z')
 
 def write_atomically(path: Path, text: str) -> None:
   """Writes `text` to `path` so that readers see the old file or all of the new one. Raises UserError."""
-  with replacing(path) as temporary:
-    temporary.write_text(text, 'utf-8')
+  with replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # or a power failure may leave the new name with nothing behind it
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def check(folder: Path, parts: Iterable[str] | None = None, share: tuple[int, in
 
 def write_logs(folder: Path, found: dict[str, tuple[int, int]]) -> None:
   """Writes LOGS: by file, how many bytes of rows are in it, and their CRC-32. Raises UserError."""
-  _write(folder / LOGS, {name: {'bytes': size, 'crc32': f'{crc:08x}'} for name, (size, crc) in found.items()})
+  _write(folder / LOGS, {name: _described(*digest) for name, digest in found.items()})
 
 
 def check_logs(folder: Path, whole: bool) -> None:
@@ -65,7 +65,7 @@ def check_logs(folder: Path, whole: bool) -> None:
     found = files.regular(folder / name).st_size if os.path.lexists(folder / name) else 0
     if found < size and whole:
       why = f'has {found:,} bytes, and had {size:,}: rows are missing'
-    elif found >= size and (size and _digest(folder / name, most_bytes=size)) != (size and digest):
+    elif found >= size and size and _beginning(folder / name, size) != digest:
       why = f'is not as it was written: the CRC-32 of its first {size:,} bytes differs'
     else:
       continue
@@ -95,10 +95,7 @@ def _files(folder, parts):
 
 
 def _write(path, found):
-  with files.replacing(path) as temporary, temporary.open('w', encoding='utf-8') as file:
-    json.dump(found, file, indent=1)
-    file.flush()
-    os.fsync(file.fileno())
+  files.write_atomically(path, json.dumps(found, indent=1))
 
 
 def _difference(path, known):
@@ -113,11 +110,20 @@ def _difference(path, known):
     return f'cannot be read: {getattr(error, "strerror", None) or error}'
 
 
-def _digest(path, most_bytes=None, sync=False):
+def _digest(path, sync=False):
   with open(path, 'rb') as file:
-    size, crc = crc_of(file, most_bytes)
+    found = _described(*crc_of(file))
     if sync:
       os.fsync(file.fileno())
+  return found
+
+
+def _beginning(path, size):
+  with files.open_regular(path) as file:
+    return _described(*crc_of(file, size))
+
+
+def _described(size, crc):
   return {'bytes': size, 'crc32': f'{crc:08x}'}
 
 

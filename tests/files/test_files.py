@@ -57,6 +57,14 @@ def test_any_changed_byte_of_sealed_json_is_noticed(tmp_path, indent):
   assert read_json(file) == value | {'d': False}
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+  file, synced, fsync = tmp_path / 'a.json', [], os.fsync
+  monkeypatch.setattr(os, 'fsync', lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+  monkeypatch.setattr(os, 'replace', lambda old, new: (synced.index(old.stat().st_ino), os.rename(old, new)))
+  write_json(file, {'a': 1})
+  assert read_json(file) == {'a': 1}
+
+
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
   os.mkfifo(tmp_path / 'pipe')
   with (tmp_path / 'huge').open('wb') as huge:

@@ -112,6 +112,18 @@ def test_lost_rows_fail_a_reader(tmp_path):
     digests.check_logs(tmp_path, whole=True)
 
 
+def test_rows_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
+  """Another user's, or on a disk that fails: the first block is asked for, and refused."""
+  written(tmp_path, [1])
+
+  def fails(*_):
+    raise OSError(5, 'Input/output error')
+
+  monkeypatch.setattr(digests, 'crc_of', fails)
+  with pytest.raises(UserError, match=r"cannot read '.*metrics\.jsonl': Input/output error"):
+    digests.check_logs(tmp_path, whole=True)
+
+
 @pytest.mark.parametrize('text', ['{"metrics.jsonl": 3}', '{"metrics.jsonl": {"bytes": "9"}}', '[', ''])
 def test_damaged_digests_of_rows(tmp_path, text):
   written(tmp_path, [1])
