@@ -185,7 +185,7 @@ def _receive_all(mesh, address) -> dict[int, _Connection]:
       try:
         hello = _message(reader)
         number, name = int(hello['process']), f'process {hello["process"]} ({hello["host"]}, pid {hello["pid"]})'
-      except (OSError, ValueError, KeyError, TypeError):
+      except (OSError, ValueError, KeyError, TypeError, RecursionError):
         reader.close()  # a scan of ports, or another program
         sock.close()
         continue
@@ -200,7 +200,8 @@ def _receive_all(mesh, address) -> dict[int, _Connection]:
         )
       found[number] = peer
   for peer in found.values():
-    peer.send({'welcome': True})
+    with contextlib.suppress(OSError):  # one that is gone since is noticed where it is listened to
+      peer.send({'welcome': True})
   return found
 
 

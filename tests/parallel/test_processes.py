@@ -6,6 +6,7 @@ import pathlib
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -143,6 +144,32 @@ def test_another_program_at_the_port_is_passed_over(port):
 
   late = member(port, 1, {}, count=2)
   assert together(member(port, 0, {}, count=2), lambda: (scan(), late())[1])[0] == 'done'
+
+
+def test_a_process_that_dies_while_others_are_waited_for_is_left_to_who_listens(port):
+  def visits(process_id):
+    for _ in range(100):
+      try:
+        sock = socket.create_connection(('localhost', port))
+      except OSError:
+        time.sleep(0.05)
+        continue
+      hello = f'{{"process": {process_id}, "host": "here", "pid": 1}}'
+      sock.sendall((hello if process_id else '[' * 100_000).encode() + b'\n')
+      return sock
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    one = pool.submit(processes._receive_all, mesh(port, 0), ('localhost', port))
+    with visits(0), visits(1) as killed:  # the former is another program, whose JSON is too deep
+      time.sleep(0.5)  # until it has been heard
+      killed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))  # ends it as a lost host does
+    with visits(2):
+      peers = one.result()
+  assert sorted(peers) == [1, 2]
+  with pytest.raises((OSError, ValueError)):
+    peers[1].receive()
+  for peer in peers.values():
+    peer.close()
 
 
 def ending(monkeypatch):
