@@ -124,3 +124,17 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
   link.symlink_to(kept)
   assert 'cannot lock' in refused(link)
   assert kept.read_text() == 'something of the user', 'words written through a link'
+
+
+@pytest.mark.parametrize('number', lock.NO_LOCKS)
+def test_where_there_are_no_locks_the_beats_of_an_owner_on_this_host_count(tmp_path, quick, monkeypatch, number):
+  def flock(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(lock.fcntl, 'flock', flock)
+  file = tmp_path / 'owner'
+  with lock.owned(file, 'the run', print):
+    assert f'process {os.getpid()} on ' in refused(file)
+  assert refused(file) == ''
+  file.write_bytes(json.dumps({'host': 'here', 'boot': lock._boot(), 'process': 7, 'beats': 3}).encode())  # killed
+  assert refused(file) == ''
