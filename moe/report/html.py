@@ -11,15 +11,15 @@ from moe.report.run import Run, load_run, summarize
 
 
 def write_report(path: str | os.PathLike) -> dict[str, Any]:
-  """Writes `summary.json` and `report.html` into run directory `path`, each in one move, and returns the summary.
+  """Writes `report.html` and `summary.json` into run directory `path`, each in one move, and returns the summary.
 
   Raises:
     UserError: the directory cannot be read as a run (see `load_run`) or not be written to.
   """
   run = load_run(path)
   summary = summarize(run)
-  write_json(run.path / 'summary.json', summary)
   write_atomically(run.path / 'report.html', page(run, summary))
+  write_json(run.path / 'summary.json', summary)  # last: a sweep takes it for the sign that all is here
   return summary
 
 

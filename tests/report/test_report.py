@@ -30,6 +30,19 @@ def run_dir(tmp_path):
   return write_run(tmp_path / 'fake')
 
 
+def test_a_run_that_is_killed_while_its_page_is_drawn_is_not_finished(tmp_path, monkeypatch):
+  """A sweep that goes on leaves alone what summary.json calls finished."""
+  path = write_run(tmp_path / 'run', steps=3, history_every=3)
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(html, 'page', killed)
+  with pytest.raises(KeyboardInterrupt):
+    write_report(path)
+  assert not (path / 'summary.json').exists()
+
+
 def test_summary_by_hand(run_dir):
   rows = [{'step': step, 'loss': float(step), 'tokens': 10 * step, 'step_s': 0.5} for step in range(1, 31)]
   for row in rows:
