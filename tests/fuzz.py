@@ -143,12 +143,16 @@ def _digest(*trees):
   return hashlib.sha256(b''.join(name.encode() + leaf.tobytes() for name, leaf in leaves)).hexdigest()
 
 
+class Hangs(BaseException):
+  """Not an Exception, and no TimeoutError: that is an OSError, of which much code makes a line for the user."""
+
+
 @contextlib.contextmanager
 def limited():
-  """TimeoutError after LIMIT_S: nothing may hang."""
+  """Hangs after LIMIT_S: nothing may."""
 
   def late(*_):
-    raise TimeoutError(f'still at it after {LIMIT_S} s')
+    raise Hangs(f'still at it after {LIMIT_S} s')
 
   before = signal.signal(signal.SIGALRM, late)
   signal.alarm(LIMIT_S)

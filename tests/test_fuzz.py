@@ -1,8 +1,12 @@
 """A seeded sample of `tests/fuzz.py`, which runs many more."""
 
+import time
+
 import numpy as np
 import pytest
 from fuzz import KINDS, Subjects, damage
+
+from moe.files import replacing
 
 COUNTS = {'report': 40, 'load': 12, 'train': 5, 'sweep': 20, 'import': 12}
 
@@ -24,6 +28,19 @@ def test_a_fault_would_be_found(subjects, monkeypatch):
   for fault in (lambda _: 'other', lambda _: 1 / 0):
     monkeypatch.setitem(subjects.actions, 'report', ('run', fault))
     assert subjects.outcome('report', np.random.default_rng(0))[0] == 'FAULT'
+
+
+def test_a_hang_would_be_found(subjects, monkeypatch):
+  """In a block that makes one line of every OSError, as a pipe that is read without a look."""
+
+  def hangs(run):
+    with replacing(run / 'a'):
+      time.sleep(10)
+
+  monkeypatch.setattr('fuzz.LIMIT_S', 1)
+  monkeypatch.setitem(subjects.actions, 'report', ('run', hangs))
+  kind, what = subjects.outcome('report', np.random.default_rng(0))
+  assert (kind, 'Hangs still at it' in what) == ('FAULT', True)
 
 
 @pytest.mark.parametrize('kind', KINDS)
