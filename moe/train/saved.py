@@ -18,12 +18,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe.errors import UserError
-from moe.files import digests, read_json
+from moe.files import MAX_JSON_BYTES, digests, read_json, regular
 
 FORMAT = 'moe-lossfree-1'
 ARRAY_ITEMS = ('params', 'balance', 'optimizer')
 ITEMS = (*ARRAY_ITEMS, 'meta')
 META = 'meta/metadata'
+OF_ORBAX = '_CHECKPOINT_METADATA'  # of no item; Orbax writes it again after the digests
 MESSAGE_BYTES = 2048
 
 
@@ -136,6 +137,11 @@ def check_files(folder: pathlib.Path, meta: dict[str, Any], items: tuple[str, ..
   Raises:
     Damaged: naming a file that is not as it was written.
   """
+  try:
+    if os.path.lexists(folder / OF_ORBAX):
+      regular(folder / OF_ORBAX, MAX_JSON_BYTES)
+  except UserError as error:
+    raise Damaged(f'checkpoint {folder} is damaged: {error}') from error
   if 'digests' not in meta and not (folder / digests.FILE).exists():  # of an earlier version, which wrote none
     return [f'checkpoint {folder} has no digests, being of an earlier version: damage to it may go unnoticed']
   if why := digests.damage(folder, (*items, 'meta'), (jax.process_index(), jax.process_count())):

@@ -280,6 +280,14 @@ def test_none_is_whole(copied):
   assert names(copied) == ['12', '8']
 
 
+def test_a_pipe_that_no_digest_is_of_is_not_waited_for(copied):
+  (copied / '12' / on_disk.OF_ORBAX).unlink()
+  os.mkfifo(copied / '12' / on_disk.OF_ORBAX)
+  found = newest(copied)
+  assert 'is a pipe or device' in found.remarks[0]
+  equal(found.state, made(8))
+
+
 @pytest.mark.parametrize('error', [MemoryError(), RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes')])
 def test_a_machine_without_memory_sets_no_checkpoint_aside(copied, monkeypatch, error):
   """On the way to the newest one only: the one before it would have been gone on with."""
