@@ -2,11 +2,24 @@
 
 import pathlib
 import re
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HOME = pathlib.Path(__file__).parent
 TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel']
+
+
+class BuildWithConfigs(build_py):
+  """Puts configs/, which is beside moe/ in a checkout, into the package."""
+
+  def run(self):
+    super().run()
+    if not self.editable_mode:
+      ignore = shutil.ignore_patterns('__pycache__')
+      shutil.copytree(HOME / 'configs', pathlib.Path(self.build_lib) / 'moe/configs', ignore=ignore, dirs_exist_ok=True)
+
 
 setup(
   name='moe-lossfree',
@@ -16,9 +29,9 @@ setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
-  packages=[*find_packages(include=['moe', 'moe.*']), 'moe.configs', 'moe.configs.sweeps'],
-  package_dir={'moe.configs': 'configs'},  # beside moe/ in a checkout, in it where it is installed
-  package_data={'moe': ['py.typed'], 'moe.configs.sweeps': ['*.txt']},
+  packages=find_packages(include=['moe', 'moe.*']),
+  package_data={'moe': ['py.typed']},
+  cmdclass={'build_py': BuildWithConfigs},
   entry_points={'console_scripts': ['moe = moe.commands:main']},
   install_requires=[
     'jax>=0.10.2',

@@ -137,6 +137,8 @@ class JsonTokenizer(Tokenizer):
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True  # '<s>' within a document must not become a BOS
     self.folder, vocab = folder, self._tokenizer.get_vocab()
+    if len(set(vocab.values())) < len(vocab):  # at which the library panics or not, as its hashes fall
+      raise ValueError('two tokens have the same id')
     self.bos_id, self.remarks, self._begin_ids = self._bos(vocab)
     self.vocab_size = max(vocab.values()) + 1
     self.name = f'{type(self._tokenizer.model).__name__.lower()}-{self.vocab_size}'

@@ -223,6 +223,8 @@ def _check_settings(run):
 def _data(path):
   """data.json, {} of an old run without one. Values that are not of their kind count as not measured."""
   data = read_json(path) if os.path.lexists(path) or (path.parent / digests.LOGS).exists() else {}
+  if os.path.lexists(path) and not isinstance(data.get('digest'), str):
+    raise UserError(f'{path} is damaged: it has no digest of the text')
   is_kind = lambda key, value: _number(value) is not None or (isinstance(value, str) and not key.endswith(MEASURED))
   return {key: value for key, value in data.items() if is_kind(key, value)}
 

@@ -21,7 +21,7 @@ def write_run(path, num_layers=5, num_experts=16, top_k=4, steps=300, history_ev
   config['model']['num_experts'] = num_experts
   info = {'config': config, 'versions': {'jax': '0.0'}, 'command': 'python train.py --config <x>', 'device': '1 x CPU'}
   write_json(path / 'config.json', info | {'parameters': 1234567, 'active_parameters': 234567})
-  data = {'corpus': 'Python <stdlib>', 'tokenizer': 'byte', 'train_bytes': 9000000, 'val_bytes': 20000}
+  data = {'digest': 'abc', 'corpus': 'Python <stdlib>', 'tokenizer': 'byte', 'train_bytes': 9000000, 'val_bytes': 20000}
   data |= {'train_tokens': 9000900, 'val_tokens': 20010, 'trigram_bits_per_byte': 2.9, 'gzip_bits_per_byte': 2.2}
   write_json(path / 'data.json', data)
   rows = [metrics_row(step, steps, rng, drops) for step in range(1, steps + 1)]

@@ -16,7 +16,7 @@ from fake_run import VAL_TOKENS, read_jsonl, write_json, write_jsonl, write_run
 
 from moe.balance import metrics
 from moe.files import read_json
-from moe.report import figures
+from moe.report import figures, html
 from moe.report.html import write_report
 from moe.report.run import load_run, summarize
 

@@ -88,6 +88,12 @@ def test_measurements_of_another_kind_count_as_not_measured(small, value, monkey
       assert summary[key] is None
 
 
+def test_an_emptied_data_json_is_refused(small):
+  (small / 'data.json').write_text('{}')
+  with pytest.raises(UserError, match=r'data\.json is damaged: it has no digest'):
+    write_report(small)
+
+
 @pytest.mark.parametrize(
   ('name', 'key'),
   [
