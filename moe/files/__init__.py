@@ -44,10 +44,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-  """Waits until the names in `folder` are on the disk. Raises OSError."""
+  """Waits until the names in `folder` are on the disk, where its file system can do so. Raises OSError."""
   descriptor = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(descriptor)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.EBADF):  # CIFS, some of FUSE
+      raise
   finally:
     os.close(descriptor)
 

@@ -104,6 +104,8 @@ class Run:
     self.eval_step = step.make_eval_step(self.config, device_mesh)
     self.checkpoints = Checkpoints(path, config.checkpoint.keep)
     self.state, self.done, self.tokens, logged = self._start()
+    if self.done > config.train.steps:
+      raise UserError(f'{path} is at step {self.done}; config train.steps = {config.train.steps} must be at least that')
     first = jax.process_index() == 0
     self.logbook = Logbook(path, self.done, config.train.steps, logged) if first else None
     self._row_time, self._row_step = time.perf_counter(), self.done

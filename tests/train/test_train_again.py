@@ -199,6 +199,13 @@ def test_config_json_may_be_edited_while_the_run_goes_on(corpus, tmp_path):
     loop.train(config(corpus, **changes), str(tmp_path))
 
 
+def test_fewer_steps_than_there_are_is_refused(finished, corpus):
+  before = {path: path.read_bytes() for path in finished.rglob('*.json*') if path.is_file()}
+  with pytest.raises(UserError, match=r'is at step 12; config train\.steps = 6 must be at least that'):
+    loop.train(config(corpus, **{'train.steps': 6}), str(finished))
+  assert {path: path.read_bytes() for path in finished.rglob('*.json*') if path.is_file()} == before
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
   settings = config(corpus, **{'optimizer.learning_rate': 1e30, 'optimizer.warmup_steps': 0, 'train.eval_every': 0})
   with pytest.raises(UserError, match=r'step \d+: loss .*not finite; (no checkpoint yet|the last good checkpoint)'):
