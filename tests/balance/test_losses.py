@@ -17,6 +17,7 @@ from moe.balance.stats import router_stats
 from moe.config import BalanceConfig, Config, ModelConfig
 from moe.model.router import route
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
 
 B, S, E, K = 8, 6, 6, 2
@@ -37,7 +38,7 @@ def compiled(mesh_of):
 
   @functools.cache
   def compiled(name):
-    config = Config(model=MODEL, balance=BALANCES[name])
+    config = Resolved(model=MODEL, balance=BALANCES[name])
 
     def local(logits_BSE, bias_E, mask_BS, tokens, earlier_E):
       logits_TE = logits_BSE.reshape(-1, E)

@@ -141,7 +141,7 @@ def test_evaluation(run, folder, corpus, capsys):
   assert abs(rounded['val_loss'] - of_run['val_loss']) < 0.3
 
 
-def test_evaluation_on_text_that_has_changed(run, corpus, script, capsys):
+def test_evaluation_on_text_that_has_changed(run, corpus):
   """Another file splits the text otherwise, so that most of the new validation text was training text."""
   (corpus / 'new.py').write_text('x = y\n' * 50)
   try:

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe.balance.losses import auxiliary
 from moe.balance.stats import router_stats
-from moe.config import BalanceConfig, Config, ModelConfig
+from moe.config import BalanceConfig, ModelConfig
 from moe.model.layer import stack_stats
 from moe.model.router import route
+from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
 
 B, S, E, K, ALPHA = 4, 8, 6, 2, 0.3
@@ -20,7 +21,7 @@ MODEL = ModelConfig(num_experts=E, top_k=K)
 
 def compiled(loss, tokens_L, mesh):
   """(router logits of every layer, mask) -> the auxiliary loss of one microbatch."""
-  config = Config(model=MODEL, balance=BalanceConfig(bias_rule='none', aux_loss=loss, aux_alpha=ALPHA))
+  config = Resolved(model=MODEL, balance=BalanceConfig(bias_rule='none', aux_loss=loss, aux_alpha=ALPHA))
 
   def local(layers_LBSE, mask_BS):
     stats = []
