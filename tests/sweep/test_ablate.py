@@ -134,7 +134,7 @@ def test_max_vio_of_every_variant_is_of_its_validation_loads(finished):
 
 
 def test_kill_9_and_again_gives_the_same_table_and_repeats_no_finished_run(finished, corpus, tmp_path):
-  """The first variant is finished already; the sweep is killed as the second begins."""
+  """The first variant is finished already; the sweep is killed when the second has begun."""
   variants = VARIANTS[:2]
   workdir = shutil.copytree(
     finished, tmp_path / 'killed', ignore=lambda _, names: {name for name in names if name.startswith(VARIANTS[1:])}
@@ -143,7 +143,7 @@ def test_kill_9_and_again_gives_the_same_table_and_repeats_no_finished_run(finis
   process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
   first, second = (workdir / f'{variant},seed=0' for variant in variants)
   deadline = time.monotonic() + 200
-  while process.poll() is None and not (second / 'log.txt').exists() and time.monotonic() < deadline:
+  while process.poll() is None and not (second / 'config.json').exists() and time.monotonic() < deadline:
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL, 'the sweep must still have been going'
