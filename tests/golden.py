@@ -5,7 +5,7 @@ python tests/golden.py --out=before16.json --devices=16
 diff before.json after.json
 
 The files agree bit for bit, or a number has changed. Bits are those of one machine and one version of JAX; what holds
-everywhere, to rounding, is golden.json, which tests/test_golden.py compares with.
+everywhere, to rounding, is tests/train/golden.json (tests/train/kept_numbers.py).
 """
 
 import argparse

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 
+import kept_numbers
 import numpy as np
 import pytest
 from small_runs import SAMPLED, config, rows, write_corpus
@@ -35,6 +36,18 @@ def finished(corpus, tmp_path_factory, unrendered):
   workdir = tmp_path_factory.mktemp('run') / 'plain'
   assert whole.train(config(corpus, **SAMPLED), str(workdir))['finished']
   return workdir
+
+
+def test_numbers_are_those_that_are_kept(finished, tmp_path):
+  """To what versions of JAX and kinds of CPU round differently; a step that computes anything else is far off."""
+  kept = json.loads(kept_numbers.FILE.read_text())
+  found = kept_numbers.numbers(finished, tmp_path / 'exported')
+  assert found['text'] == kept['text']
+  for name in ('metrics', 'evals'):
+    assert len(found[name]) == len(kept[name])
+    for got, want in zip(found[name], kept[name], strict=True):
+      assert got == pytest.approx(want, rel=1e-4), name
+  assert found['norms'] == pytest.approx(kept['norms'], rel=1e-5)
 
 
 def test_mfu_is_of_all_devices_where_their_peak_is_known(corpus, tmp_path, monkeypatch):
