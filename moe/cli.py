@@ -16,11 +16,10 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from moe.config import KINDS, Config, from_config_dict, nearest, parsed
-from moe.errors import UserError, one_line
+from moe.errors import UserError, one_line, out_of_memory
 from moe.files.paths import config_file, refuse_address, run_python, users_code
 
 HELP = re.compile('--?help(short|full|xml)?')
-NO_MEMORY = 'RESOURCE_EXHAUSTED', 'Out of memory allocating'  # XLA's words: of any device, of the CPU while it computes
 INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 flags.disclaim_key_flags()  # flags are the scripts'
@@ -57,7 +56,7 @@ def run(main: Callable) -> None:
     _drop_output()
     sys.exit(UNREAD) if unread else fail(f'cannot write {error.filename or "the output"}: {error.strerror}')
   except RuntimeError as error:
-    if not any(words in str(error) for words in NO_MEMORY):
+    if not out_of_memory(error):
       raise
     fail(f'there is not enough memory on the device: {error}')
 

@@ -21,9 +21,9 @@ TIMES = ('tokens_per_s', 'step_s', 'model_tflop_per_s', 'mfu')
 MESHES = {1: {}, 16: {'data': 2, 'expert': 4, 'tensor': 2, 'cpu_devices': 16}}
 
 
-def rows(workdir: pathlib.Path, name: str) -> list[dict]:
+def rows(workdir: pathlib.Path | str, name: str = 'metrics') -> list[dict]:
   """The rows of a file of a run, without what depends on the clock."""
-  lines = (workdir / f'{name}.jsonl').read_text().splitlines()
+  lines = (pathlib.Path(workdir) / f'{name}.jsonl').read_text().splitlines()
   return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 

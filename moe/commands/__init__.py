@@ -18,7 +18,7 @@ flags.disclaim_key_flags()  # flags are the commands'
 
 def main() -> None:
   """`moe NAME ...`: one command; without a name, what there is."""
-  name, *rest = [*sys.argv[1:], ''][: max(len(sys.argv) - 1, 1)]
+  name, *rest = sys.argv[1:] or ['']
   if name in NAMES:
     sys.argv = [f'moe {name}', *rest]
     start(name)

@@ -23,9 +23,8 @@ from moe.errors import UserError
 from moe.files import MAX_JSON_BYTES, parse_json, read_bytes, write_atomically
 
 FILE = 'tokenizer.json'
-MAX_GROWTH = (
-  1000  # a normalizer or decoder may multiply text by so much; Llama's, which marks spaces, doubles it at most
-)
+# A normalizer or decoder may multiply text by so much; Llama's, which marks spaces, doubles it at most.
+MAX_GROWTH = 1000
 # Taken, in this order, where nothing names the token that starts a document; the first is that of our own BPE.
 BOS_NAMES = (
   *('<|bos|>', '<s>', '<|begin_of_text|>', '<｜begin▁of▁sentence｜>'),

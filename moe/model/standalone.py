@@ -10,6 +10,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ from moe.balance import losses, rules
 from moe.balance.stats import RouterStats
 from moe.config import KINDS, BalanceConfig, Config, ModelConfig, PrecisionConfig, from_config_dict, nearest
 from moe.errors import UserError
-from moe.model import dispatch, layer
+from moe.model import layer
 from moe.model.parameters import Init, is_float32
-from moe.ops import grouped_matmul
+from moe.model.resolve import resolve
 from moe.parallel.mesh import platform_of_device
 from moe.parallel.resolved import Axes, Resolved
 
@@ -112,7 +113,9 @@ class MoE:
 
   def specs(self) -> dict:
     """The PartitionSpec of each parameter."""
-    return jax.tree.map_with_path(lambda path, _: _spec(path[-1].key, self.config.axes), self._abstract()[1])
+    return jax.tree.map_with_path(
+      lambda path, _: _spec(path[-1].key, self.config.axes), nnx.to_pure_dict(self._abstract()[1])
+    )
 
   def init_balance(self) -> dict[str, jax.Array]:
     """The bias rule's state, float32: 'bias_E', and what else the rule keeps. No gradient, no weight decay, no cast."""
@@ -164,14 +167,14 @@ class MoE:
     return _without_layers(rules.update(state, stats.load_E[None], stats.margins[None], speed, settings))
 
   def _abstract(self):
-    graph, state = nnx.split(nnx.eval_shape(lambda: self.module(nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
+    """The module's graph, and its parameters' shapes."""
+    return nnx.split(nnx.eval_shape(lambda: self.module(nnx.Rngs(0))))
 
   def _local(self, config: Resolved, params, bias_E, x_BSD, mask_BS):
     """`apply` for one shard."""
     compute, axes = jnp.dtype(config.precision.compute), config.axes
     cast = lambda path, w: w if is_float32(path[-1].key) else w.astype(compute)
-    graph, state = nnx.split(nnx.eval_shape(lambda: self.module(nnx.Rngs(0))))
+    graph, state = self._abstract()
     nnx.replace_by_pure_dict(state, jax.tree.map_with_path(cast, params))
     y_BSD, found = nnx.merge(graph, state).mix(jnp.asarray(x_BSD, compute), mask_BS, bias_E, config)
     if axes.tensor:
@@ -230,15 +233,7 @@ def _resolve(config: Config, axes: Axes, mesh: Mesh | None) -> Resolved:
   if divided and config.dispatch == 'local':
     raise UserError(f"dispatch = 'local' works on one expert shard, and the axis {axes.expert!r} divides the experts")
   device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-  platform, compute = platform_of_device(device), config.precision.compute
-  backend = grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute)
-  return Resolved.of(
-    config,
-    axes=axes,
-    dispatch=dispatch.resolve_backend(config.dispatch, 2 if divided else 1),
-    grouped_matmul=backend,
-    row_multiple=grouped_matmul.ROW_MULTIPLES[backend],
-  )
+  return resolve(config, 2 if divided else 1, platform_of_device(device), axes)
 
 
 def _placed(arguments, specs, mesh):
@@ -250,8 +245,6 @@ def _placed(arguments, specs, mesh):
 
 
 def _check_batch(x_BSD, batch_axes, mesh):
-  shards = 1
-  for axis in batch_axes:
-    shards *= mesh.shape[axis]
+  shards = math.prod(mesh.shape[axis] for axis in batch_axes)
   if len(x_BSD) % shards:
     raise UserError(f'a batch of {len(x_BSD)} sequences cannot be divided by {shards} shards over {batch_axes}')

@@ -24,7 +24,7 @@ AXES = Axes()  # of our own meshes
 
 @dataclasses.dataclass(frozen=True)
 class Resolved(Config):
-  """A `Config` whose dispatch and grouped_matmul are names of backends (made by `moe.train.step.resolve`).
+  """A `Config` whose dispatch and grouped_matmul are names of backends (made by `moe.model.resolve`).
 
   row_multiple: what every expert's rows are padded to. dropless: the capacity factor is ignored, as in evaluation and
   generation.

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.errors import UserError
+from moe.errors import UserError, out_of_memory
 from moe.files import MAX_JSON_BYTES, digests, read_json, regular
 
 FORMAT = 'moe-lossfree-1'
@@ -197,7 +197,7 @@ def _read_arrays(folder, parts, exact):
   except UserError:
     raise
   except Exception as error:  # Orbax and tensorstore raise a dozen kinds for a damaged file
-    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):  # which says nothing about the files
+    if out_of_memory(error):
       raise UserError(f'there is not enough memory for checkpoint {folder} ({first_line(error)})') from error
     raise Damaged(f'checkpoint {folder} is damaged or foreign ({first_line(error)})') from error
   finally:

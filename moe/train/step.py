@@ -15,10 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe.balance import rules
 from moe.config import Config
-from moe.errors import UserError
-from moe.model import dispatch, transformer
+from moe.model import transformer
 from moe.model.parameters import is_float32
-from moe.ops import grouped_matmul
+from moe.model.resolve import resolve as resolved_for
 from moe.ops.varying import vary, varying_axes
 from moe.parallel import sharding
 from moe.parallel.mesh import BATCH_AXES
@@ -37,16 +36,7 @@ def resolve(config: Config, mesh, platform: str) -> Resolved:
   Raises:
     UserError: a backend or the FP8 policy does not run there.
   """
-  fp8, compute = config.precision.fp8, config.precision.compute
-  if fp8 and (platform, compute) == ('hopper', 'float32'):
-    raise UserError(f'config precision.fp8 = {fp8!r} needs precision.compute = bfloat16 on a Hopper GPU, not {compute}')
-  backend = grouped_matmul.resolve_backend(config.grouped_matmul, platform, compute)
-  return Resolved.of(
-    config,
-    dispatch=dispatch.resolve_backend(config.dispatch, mesh.shape['expert']),
-    grouped_matmul=backend,
-    row_multiple=grouped_matmul.ROW_MULTIPLES[backend],
-  )
+  return resolved_for(config, mesh.shape['expert'], platform)
 
 
 def make_train_step(config: Resolved, mesh):

@@ -12,6 +12,7 @@ if __name__ == '__main__':
   sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[up]) for up in (1, 2)]
   import conftest  # noqa: F401  devices and precision as in the tests
 
+import golden
 import numpy as np
 import small_runs
 from safetensors.numpy import load_file
@@ -36,8 +37,8 @@ def numbers(run: pathlib.Path, exported: pathlib.Path) -> dict:
   model = load(run, MeshConfig())
   what = 'def ', 24, Sampling(), 0, lambda row, tokens: False
   return {
-    'metrics': [{key: row[key] for key in KEYS} for row in small_runs.rows(run)],
-    'evals': [{key: row[key] for key in EVALUATED} for row in small_runs.rows(run, 'evals')],
+    'metrics': [{key: row[key] for key in KEYS} for row in golden.rows(run)],
+    'evals': [{key: row[key] for key in EVALUATED} for row in golden.rows(run, 'evals')],
     'norms': {name: float(np.linalg.norm(tensor.astype(np.float64))) for name, tensor in sorted(tensors.items())},
     'text': continuation(model.params, model.bias_LE, model.tokenizer, model.config, model.mesh, *what),
   }

@@ -1,6 +1,5 @@
 """Training runs of a second or two: their settings, in a command line and in process, and what they leave behind."""
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from moe.balance.load_history import LoadHistory
 from moe.config import Config, from_config_dict, to_config_dict
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TIMES = ('tokens_per_s', 'step_s', 'model_tflop_per_s', 'mfu')
 SMALL = {
   'model.d_model': 32,
   'model.num_layers': 2,
@@ -69,11 +67,6 @@ def run(workdir, arguments):
   return subprocess.run(
     command(workdir, arguments), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
   )
-
-
-def rows(workdir, name='metrics'):
-  lines = (pathlib.Path(workdir) / f'{name}.jsonl').read_text().splitlines()
-  return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
 def loads(workdir):

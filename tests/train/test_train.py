@@ -9,8 +9,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from golden import rows
 from processes import environment
-from small_runs import ROOT, SAMPLED, command, config, flags, loads, rows, run, write_corpus
+from small_runs import ROOT, SAMPLED, command, config, flags, loads, run, write_corpus
 
 from moe.commands import run as whole
 from moe.config import from_config_dict

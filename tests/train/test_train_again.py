@@ -13,7 +13,8 @@ import subprocess
 import kept_numbers
 import numpy as np
 import pytest
-from small_runs import SAMPLED, config, rows, write_corpus
+from golden import rows
+from small_runs import SAMPLED, config, write_corpus
 
 from moe.commands import run as whole
 from moe.errors import UserError

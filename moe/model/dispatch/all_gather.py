@@ -11,16 +11,10 @@ from jax import lax
 
 from moe.balance.routing import Routing
 from moe.model.dispatch import local
-from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.contract import in_two_steps
 from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import permute
 from moe.parallel.resolved import Resolved
-
-
-def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
-  return combine(experts(x_MD, size_e), plan, resolved)
 
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
@@ -53,3 +47,6 @@ def _gather(a, operands=(), axis=''):
 
 def _scatter(a, operands=(), axis=''):
   return lax.psum_scatter(a, axis, scatter_dimension=0, tiled=True)
+
+
+apply = in_two_steps(dispatch, combine)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.contract import in_two_steps
 from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.model.router import capacity
 from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
@@ -23,12 +23,6 @@ class Plan(NamedTuple):
   regroup_back: Permutation
   unpack: Permutation
   weight_TK: jax.Array
-
-
-def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
-  return combine(experts(x_MD, size_e), plan, resolved)
 
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
@@ -106,3 +100,6 @@ def regroup_by_expert(start_s, end_se, rows: int, row_multiple: int):
   key_M = (end_se[source_M] <= (row_M - start_s[source_M])[:, None]).sum(1)
   layout = lay_out(key_M, end_se.shape[1], rows, row_multiple)
   return *layout.permutations((key_M < end_se.shape[1])[:, None]), layout.size
+
+
+apply = in_two_steps(dispatch, combine)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.balance.routing import Routing
-from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.contract import in_two_steps
 from moe.ops.permute import Permutation, combine_rows, lay_out, permute
 from moe.parallel.resolved import Resolved
 
@@ -14,12 +14,6 @@ from moe.parallel.resolved import Resolved
 class Plan(NamedTuple):
   back: Permutation
   weight_TK: jax.Array
-
-
-def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
-  return combine(experts(x_MD, size_e), plan, resolved)
 
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
@@ -49,3 +43,6 @@ def expert_order(expert_TK, keep_TK, num_experts: int, rows: int, row_multiple: 
   """
   layout = lay_out(jnp.where(keep_TK, expert_TK, num_experts).reshape(-1), num_experts, rows, row_multiple)
   return *layout.permutations(keep_TK), layout.size
+
+
+apply = in_two_steps(dispatch, combine)

@@ -9,7 +9,7 @@ from jax import lax
 
 from moe.balance.routing import Routing
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
-from moe.model.dispatch.contract import ExpertsFn
+from moe.model.dispatch.contract import in_two_steps
 from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
@@ -30,12 +30,6 @@ class Plan(NamedTuple):
   routes: tuple[Offsets, Offsets]  # to the experts, and home
   back: Permutation
   weight_TK: jax.Array
-
-
-def apply(x_TD: jax.Array, routing: Routing, experts: ExpertsFn, resolved: Resolved) -> jax.Array:
-  """See `moe.model.dispatch`."""
-  x_MD, size_e, plan = dispatch(x_TD, routing, resolved)
-  return combine(experts(x_MD, size_e), plan, resolved)
 
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
@@ -77,3 +71,6 @@ def _exchange(rows_MD, routes, to: int, rows: int, axis: str):
   return lax.ragged_all_to_all(
     rows_MD, empty, offsets.here_s, offsets.send_s, offsets.there_s, offsets.receive_s, axis_name=axis
   )
+
+
+apply = in_two_steps(dispatch, combine)
