@@ -75,7 +75,7 @@ class ModelConfig:
 class BalanceConfig:
   """How experts are kept equally loaded. Any bias rule goes with any auxiliary loss."""
 
-  bias_rule: str = 'sign'  # one of moe.validation.BIAS_RULES
+  bias_rule: str = 'sign'  # a file of moe/balance/rules
   gamma: float = 0.001  # the bias rules' speed (u in arXiv 2408.15664)
   gamma_off_fraction: float = 0.0  # last fraction of the steps with gamma 0 (0.034 in V3)
   gamma_decay_fraction: float = 0.0  # fraction of the steps, before those, over which gamma falls linearly

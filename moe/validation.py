@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING
 
 from moe.errors import UserError
 from moe.files.paths import refuse_address
+from moe.registry import ATTENTIONS, BIAS_RULES, DISPATCHERS, GROUPED_MATMULS
 
 if TYPE_CHECKING:
   from moe.config import Config, ModelConfig
 
-BIAS_RULES = ('none', 'sign', 'centered_sign', 'proportional', 'rms', 'multiplicative', 'smebu', 'quantile')
 AUX_LOSSES = ('none', 'switch', 'sequence')
-DISPATCHES = ('auto', 'local', 'all_gather', 'all_to_all', 'ragged')
 FP8_MODULES = ('experts', 'ffn', 'attention', 'dispatch')
 # Beyond these, a config is a mistake or an attack, and is refused before anything is traced. Of what there is, the
 # deepest have 1,000 layers, and the largest some 1e12 parameters.
 MOST_LAYERS, MOST_EXPERTS, MOST_PARAMETERS = 1024, 2**16, 10**13
-GROUPED_MATMULS = ('auto', 'blocked', 'mosaic_gpu', 'ragged_dot')
 
 
 def validate(config: 'Config') -> None:
@@ -70,8 +68,8 @@ def validate(config: 'Config') -> None:
   )
   _at_least(config.checkpoint, 'checkpoint', 0, 'every_steps')
   _at_least(config.checkpoint, 'checkpoint', 1, 'keep')
-  one_of('dispatch', config.dispatch, DISPATCHES)
-  one_of('grouped_matmul', config.grouped_matmul, GROUPED_MATMULS)
+  one_of('dispatch', config.dispatch, ('auto', *DISPATCHERS))
+  one_of('grouped_matmul', config.grouped_matmul, ('auto', *GROUPED_MATMULS))
 
 
 def _validate_model(model: 'ModelConfig'):
@@ -87,7 +85,7 @@ def _validate_model(model: 'ModelConfig'):
   _at_most(model, 'model', MOST_EXPERTS, 'num_experts num_shared_experts')
   _at_most(model, 'model', 64, 'mtp_depth')  # they are not scanned over: each is compiled
   one_of('model.score_fn', model.score_fn, ('sigmoid', 'softmax'))
-  one_of('model.attention', model.attention, ('mla', 'mha'))
+  one_of('model.attention', model.attention, ATTENTIONS)
   _require(
     model.num_experts % model.num_groups == 0,
     f'config model.num_experts = {model.num_experts} must be divisible by model.num_groups = {model.num_groups}',
@@ -110,14 +108,7 @@ def _validate_model(model: 'ModelConfig'):
     model.qk_rope_dim >= 2 and model.qk_rope_dim % 2 == 0,
     f'config model.qk_rope_dim = {model.qk_rope_dim} must be even and at least 2',
   )
-  if model.attention == 'mla':
-    _at_least(model, 'model', 1, 'kv_lora_rank qk_nope_dim')
-  else:
-    _require(
-      model.qk_nope_dim == 0 and model.q_lora_rank == 0,
-      f"config model.attention = 'mha' rotates whole heads and has no latents: set model.qk_nope_dim = "
-      f'{model.qk_nope_dim} and model.q_lora_rank = {model.q_lora_rank} to 0',
-    )
+  ATTENTIONS[model.attention].check(model)
   _require(model.yarn_factor >= 1, f'config model.yarn_factor = {model.yarn_factor} must be at least 1')
   _require(
     model.yarn_beta_fast > model.yarn_beta_slow > 0,
@@ -141,14 +132,8 @@ def _validate_model(model: 'ModelConfig'):
 
 def parameters(model: 'ModelConfig') -> int:
   """How many parameters the model has, the padding of the vocabulary included, by arithmetic: nothing is traced."""
-  D, H, C, A = model.d_model, model.num_heads, model.kv_lora_rank, model.q_lora_rank
-  N, R, U = model.qk_nope_dim, model.qk_rope_dim, model.v_dim
-  if model.attention == 'mla':
-    query = A + D * A + A * H * (N + R) if A else D * H * (N + R)
-    attention = query + C + D * (C + R) + C * H * (N + U) + H * U * D
-  else:
-    attention = 2 * D * H * R + 2 * D * H * U
-  around = attention + 2 * D  # and two norms
+  D = model.d_model
+  around = ATTENTIONS[model.attention].parameters(model) + 2 * D  # and two norms
   experts = (model.num_experts + model.num_shared_experts) * 3 * D * model.d_expert
   moe = around + experts + D * model.num_experts
   dense = around + 3 * D * model.d_ff
@@ -183,16 +168,7 @@ def _validate_balance(config: 'Config'):
     balance.quantile_ema < 1,
     f'config balance.quantile_ema = {balance.quantile_ema} must be below 1, or the bias would never move',
   )
-  if balance.bias_rule == 'quantile':
-    _require(
-      config.model.num_groups == 1,
-      f"config balance.bias_rule = 'quantile' needs model.num_groups = 1, not {config.model.num_groups}: a token's "
-      'threshold is only defined over all experts',
-    )
-    _require(
-      config.model.top_k < config.model.num_experts,
-      f"config balance.bias_rule = 'quantile' needs model.top_k = {config.model.top_k} below model.num_experts",
-    )
+  BIAS_RULES[balance.bias_rule].check(config)
 
 
 def profile_range(text: str) -> range:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing, count
-from moe.balance.rules import margin_histogram
 from moe.config import Config
+from moe.registry import BIAS_RULES
 
 
 class RouterStats(NamedTuple):
@@ -18,7 +18,7 @@ class RouterStats(NamedTuple):
   prob_sum_E: scores normalised over experts (differentiable). sequence_sum: per sequence E/(K T_s) sum_i f_i P_i,
   times its T_s tokens (differentiable; 0 unless used). z_sum: logsumexp(logits)^2 (differentiable).
   entropy_sum: entropy of the normalised scores / ln E.
-  margins: int32 histogram of the quantile rule, else [E, 0].
+  statistic: int32 [E, ...], what the bias rule wants to know besides; [E, 0] for most.
   """
 
   load_E: jax.Array
@@ -27,7 +27,7 @@ class RouterStats(NamedTuple):
   sequence_sum: jax.Array
   z_sum: jax.Array
   entropy_sum: jax.Array
-  margins: jax.Array
+  statistic: jax.Array
 
 
 def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config: Config) -> RouterStats:
@@ -48,9 +48,7 @@ def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config
     sequence_sum=_sequence_sum(routing, probs_TE, mask_BS, config) if balance.aux_loss == 'sequence' else zero,
     z_sum=jnp.where(mask_T, z_T * z_T, 0).sum() if balance.z_loss else zero,
     entropy_sum=entropy,
-    margins=margin_histogram(routing.scores_TE, bias_E, mask_T, model.top_k)
-    if balance.bias_rule == 'quantile'
-    else jnp.zeros((model.num_experts, 0), jnp.int32),
+    statistic=BIAS_RULES[balance.bias_rule].statistic(routing, bias_E, mask_T, model),
   )
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.bench import timing
-from moe.ops.grouped_matmul import ROW_MULTIPLES, grouped_matmul
+from moe.ops.grouped_matmul import grouped_matmul
+from moe.registry import GROUPED_MATMULS
 
 PRODUCTS = ('forward', 'dx', 'dw')
 
@@ -41,7 +42,8 @@ def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dic
   x, w, dy = (jax.random.normal(key, dims, dtype) for key, dims in zip(keys, ((M, D), (E, D, F), (M, F)), strict=True))
   contenders = {'dense': products(jnp.matmul, x, w[0], dy)}
   for name in backends:
-    run = functools.partial(grouped_matmul, size_e=jnp.asarray(size_e), backend=name, row_multiple=ROW_MULTIPLES[name])
+    multiple = GROUPED_MATMULS[name].row_multiple
+    run = functools.partial(grouped_matmul, size_e=jnp.asarray(size_e), backend=name, row_multiple=multiple)
     contenders[name] = products(run, x, w, dy)
     check(contenders[name], np.asarray(size_e), x, w, dy)
   found = {name: [timing.kernels(call[0]) for call in calls.values()] for name, calls in contenders.items()}

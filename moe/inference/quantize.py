@@ -30,9 +30,9 @@ from moe.model.parameters import is_float32
 from moe.model.transformer import abstract_params
 from moe.ops import weights
 from moe.parallel.sharding import LEGEND, place
+from moe.registry import ATTENTIONS
 
 SCHEMES = ('none', 'fp8', 'mxfp4')
-ABSORBED = 'w_key_CHN', 'w_value_CHU'  # multiplied into queries and outputs head by head, which no kernel does in FP8
 EXPERTS, ROUTER_AND_NORMS = 'routed experts', 'router and norms'
 # Group of the parameters in a module of this name.
 MODULES = {'experts': EXPERTS, 'shared': 'shared experts', 'ffn': 'dense feed-forwards', 'attention': 'attention'}
@@ -132,7 +132,8 @@ def _kind(path, scheme):
   if scheme not in SCHEMES:
     raise UserError(f'quantisation scheme {scheme!r} must be one of {", ".join(SCHEMES)}')
   group = group_of(path)
-  if scheme == 'none' or group not in MODULES.values() or path[-1].key in ABSORBED:
+  as_it_is = any(path[-1].key in kind.not_quantized for kind in ATTENTIONS.values())
+  if scheme == 'none' or group not in MODULES.values() or as_it_is:
     return None
   return scheme if group == EXPERTS else 'fp8'
 
@@ -168,12 +169,11 @@ def _leaves(config, scheme, expert, tensor):
     yield path, copied, sum(part.size * part.dtype.itemsize for part in parts)
 
 
-def cache_bytes_per_token(config: Config, dtype='bfloat16') -> int:
-  """Bytes that a cached token takes in all layers: the latent and the rotary key, or with mha keys and values."""
-  model = config.model
-  latent = model.kv_lora_rank + model.qk_rope_dim
-  width = latent if model.attention == 'mla' else model.num_heads * (model.qk_rope_dim + model.v_dim)
-  return model.num_layers * width * jnp.dtype(dtype).itemsize
+def cache_bytes_per_token(config: Config, dtype='bfloat16', tensor: int = 1) -> int:
+  """Bytes that a cached token takes in all layers, on one of so many shards of `tensor`, which divide heads."""
+  arrays = ATTENTIONS[config.model.attention].cache(config.model)
+  widths = (math.prod(shape) // (tensor if 'H' in name.rsplit('_', 1)[-1] else 1) for name, shape in arrays.items())
+  return config.model.num_layers * sum(widths) * jnp.dtype(dtype).itemsize
 
 
 class ServingMemory(NamedTuple):
@@ -196,7 +196,7 @@ def serving_memory(
   Experts are divided over `expert` and `tensor`; heads, the feed-forwards' hidden width and the vocabulary over
   `tensor`, and copied over `expert`. Router, norms, the projections down to attention's latents and those of MTP
   modules are on every device, and each of `data` holds the model anew. A sequence is cached by one (data, expert)
-  shard: with mla on each of its tensor shards, as all heads share the latent; with mha each keeps its own heads.
+  shard, on each of its tensor shards: its own heads, and all of what heads share, as mla's latent.
 
   Args:
     config, scheme, expert, tensor: see `storage_bytes`.
@@ -215,6 +215,6 @@ def serving_memory(
       f'weights in scheme {scheme!r} take {held / 1e9:.1f} GB per device on expert {expert} x tensor {tensor}, and a '
       f'device has {device_bytes / 1e9:.1f} GB; divide them over more devices or store them in fewer bits'
     )
-  token_bytes = cache_bytes_per_token(config, dtype) // (tensor if config.model.attention == 'mha' else 1)
+  token_bytes = cache_bytes_per_token(config, dtype, tensor)
   replicated = sum(leaf_bytes for _, copied, leaf_bytes in leaves if copied)
   return ServingMemory(held, replicated, left, data * expert * (left // token_bytes))

@@ -32,19 +32,19 @@ class Sampling:
       raise UserError(f'top_p = {self.top_p} must be above 0 and at most 1; 1 keeps all tokens')
 
 
-def distribution(logits_V: jax.Array, how: Sampling) -> jax.Array:
+def distribution(logits_XV: jax.Array, how: Sampling) -> jax.Array:
   """float32 probabilities [..., V] that a token is drawn with; one-hot if greedy. Tokens tied at a limit all stay."""
   if not how.temperature:
-    return jax.nn.one_hot(best(logits_V), logits_V.shape[-1])
-  scaled_V = logits_V / how.temperature
+    return jax.nn.one_hot(best(logits_XV), logits_XV.shape[-1])
+  scaled_XV = logits_XV / how.temperature
   if how.top_k or how.top_p < 1:
-    kept = min(how.top_k or logits_V.shape[-1], logits_V.shape[-1])
-    best_K = lax.top_k(scaled_V, kept)[0]
+    kept = min(how.top_k or logits_XV.shape[-1], logits_XV.shape[-1])
+    best_K = lax.top_k(scaled_XV, kept)[0]
     probs_K = jax.nn.softmax(best_K, axis=-1)
     before_K = jnp.cumsum(probs_K, axis=-1) - probs_K  # held by the likelier ones: 0 for the first
     least = jnp.where(before_K < how.top_p, best_K, jnp.inf).min(-1, keepdims=True)
-    scaled_V = jnp.where(scaled_V >= least, scaled_V, -jnp.inf)
-  return jax.nn.softmax(scaled_V, axis=-1)
+    scaled_XV = jnp.where(scaled_XV >= least, scaled_XV, -jnp.inf)
+  return jax.nn.softmax(scaled_XV, axis=-1)
 
 
 def keys(seed_B: jax.Array, position_B: jax.Array, purpose: int) -> jax.Array:
@@ -59,9 +59,9 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, how: Sampling) -> tuple[jax.A
   return draw(probs_BV, key_B) if how.temperature else best(logits_BV), probs_BV
 
 
-def best(logits_V: jax.Array) -> jax.Array:
+def best(logits_XV: jax.Array) -> jax.Array:
   """int32 [...] likeliest tokens."""
-  return logits_V.argmax(-1).astype(jnp.int32)
+  return logits_XV.argmax(-1).astype(jnp.int32)
 
 
 def draw(probs_BV: jax.Array, key_B: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe.config import Config
 from moe.inference import forward
 from moe.inference.sampling import Sampling, best, distribution, draw, keys, sample
-from moe.model.norm import rms_norm
+from moe.ops.norm import rms_norm
 
 NO_TOKEN = -1  # in place of a token that a slot did not emit
 ACCEPT, DRAFT, TOKEN = range(3)  # purposes of random draws for one position

@@ -15,6 +15,7 @@ from moe.inference.quantize import is_quantized, matrix_spec, quantize_params
 from moe.model.parameters import is_float32
 from moe.ops.varying import align
 from moe.parallel import sharding
+from moe.registry import CACHED_ATTENTIONS
 
 
 def prepare(params: dict, bias_LE: jax.Array, config: Config, mesh, scheme: str = 'none') -> dict:
@@ -33,10 +34,12 @@ def prepare(params: dict, bias_LE: jax.Array, config: Config, mesh, scheme: str 
     A shared expert of the routed ones' shape and kind is the last of them, and there is no 'shared', unless experts are
     divided over shards.
   """
+  attention = CACHED_ATTENTIONS[config.model.attention]
+  joined = lambda layer: layer | {'attention': attention.weights(layer['attention'])}
   make = lambda params, bias_LE: _tree(_cast(params, config.precision.compute, mesh), bias_LE)
 
   def local(tree):
-    tree = quantize_params(_of_layers(tree, _in_one), scheme)
+    tree = quantize_params(_of_layers(tree, joined), scheme)
     return _of_layers(tree, _with_shared) if mesh.shape['expert'] == 1 else tree
 
   tree = jax.eval_shape(make, params, bias_LE)
@@ -91,19 +94,6 @@ def _listed(modules: dict) -> list[dict]:
   return [modules[key] for key in sorted(modules, key=int)]
 
 
-# Of w_in_DF, in its order: names whose heads' columns stand side by side. Then the matrix that queries' latents take.
-IN = (
-  ('w_query_down_DA',),
-  ('w_query_DHN', 'w_query_rope_DHR'),
-  ('w_kv_down_DC',),
-  ('w_key_rope_DR',),
-  ('w_query_DHR',),
-  ('w_key_DHR',),
-  ('w_value_DHU',),
-)
-UP = ('w_query_AHN', 'w_query_rope_AHR')
-
-
 def _of_layers(tree, change):
   """The tree with each layer changed, those of MTP modules too."""
   mtp = [module | {'layer': change(module['layer'])} for module in tree['mtp']]
@@ -121,15 +111,3 @@ def _with_shared(layer):
   append = lambda many, one: jnp.concatenate(align(many, one[None]))
   rest = {name: w for name, w in layer.items() if name != 'shared'}
   return rest | {'experts': jax.tree.map(append, layer['experts'], shared)}
-
-
-def _in_one(layer):
-  """A layer with matrices of attention that share their operand side by side in one."""
-  attention = layer['attention']
-  side_by_side = lambda names: jnp.concatenate([attention[name] for name in names], axis=-1)
-  taken = [names for names in IN if names[0] in attention and (len(names) == 1 or names[1] in attention)]
-  columns = align(*(side_by_side(names).reshape(attention[names[0]].shape[0], -1) for names in taken))
-  found = {name: w for name, w in attention.items() if name not in sum((*taken, UP), ())}
-  if UP[0] in attention:
-    found[UP[0]] = side_by_side(UP)
-  return layer | {'attention': found | {'w_in_DF': jnp.concatenate(columns, axis=1)}}

@@ -14,6 +14,7 @@ from moe.model.linear import linear
 from moe.model.parameters import Init
 from moe.ops import fp8
 from moe.ops.grouped_matmul import grouped_matmul
+from moe.ops.swiglu import gated
 from moe.parallel.resolved import Resolved
 
 
@@ -64,4 +65,4 @@ def swiglu(x, w_gate, w_up, w_down, product: Callable) -> jax.Array:
   The two matrices that take x go side by side as one: x is read, and its gradient summed, once.
   """
   gate, up = jnp.split(product(x, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)
-  return product(jax.nn.silu(gate) * up, w_down)
+  return product(gated(gate, up), w_down)

@@ -6,6 +6,7 @@ import jax
 
 from moe.config import Config
 from moe.model import transformer
+from moe.registry import ATTENTIONS
 
 # Dense bf16 products with float32 sums, by what jax calls the device; data sheets, without sparsity.
 PEAK_BF16_FLOPS_PER_S = {
@@ -50,5 +51,5 @@ def matmul_flops_per_token(config: Config) -> float:
     if name.startswith('w_') and 'V' not in axes:
       weights += leaf.size * model.top_k // model.num_experts if 'e' in axes else leaf.size
   weights += (1 + model.mtp_depth) * model.d_model * model.vocab_size
-  products = 2 * model.num_heads * (model.qk_nope_dim + model.qk_rope_dim + model.v_dim) * config.data.seq_len / 2
+  products = ATTENTIONS[model.attention].score_flops(model, config.data.seq_len)
   return 6.0 * weights + 3 * (model.num_layers + model.mtp_depth) * products

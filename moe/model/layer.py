@@ -7,14 +7,13 @@ from jax import lax
 
 from moe.balance.stats import RouterStats, router_stats
 from moe.config import Config, ModelConfig
-from moe.model import dispatch
-from moe.model.attention import ATTENTIONS
 from moe.model.ffn import Experts, FeedForward
-from moe.model.norm import rms_norm
 from moe.model.parameters import Init
 from moe.model.router import route
+from moe.ops.norm import rms_norm
 from moe.ops.varying import vary
 from moe.parallel.resolved import Resolved
+from moe.registry import ATTENTIONS, BIAS_RULES, DISPATCHERS
 
 
 class DenseLayer(nnx.Module):
@@ -23,7 +22,7 @@ class DenseLayer(nnx.Module):
   def __init__(self, config: ModelConfig, init: Init):
     self.eps = config.norm_eps
     self.scale_attention_D = init.ones(config.d_model)
-    self.attention = ATTENTIONS[config.attention](config, init)
+    self.attention = ATTENTIONS[config.attention].module(config, init)
     self.scale_ffn_D = init.ones(config.d_model)
     self.ffn = FeedForward(config.d_model, config.d_ff, init)
 
@@ -50,13 +49,13 @@ class MoE(nnx.Module):
       bias_E: float32 routing bias.
     """
     h_TD, tensor = h_BSD.reshape(-1, h_BSD.shape[-1]), config.axes.tensor
-    multiplicative = config.balance.bias_rule == 'multiplicative'
+    multiplicative = BIAS_RULES[config.balance.bias_rule].factor
     how = config.model, multiplicative, config.dropless
     routing = route(h_TD, self.w_router_DE[...], bias_E, mask_BS.reshape(-1), *how)
     # Cast here, T x D values, so that their gradient is summed over `tensor` before it is spread over M rows.
     x_TD = vary(h_TD, (tensor,) if tensor else ())
     experts = lambda x_MD, size_e: self.experts(x_MD, size_e, config)
-    y_TD = dispatch.BACKENDS[config.dispatch].apply(x_TD, routing, experts, config)
+    y_TD = DISPATCHERS[config.dispatch](x_TD, routing, experts, config)
     if config.model.num_shared_experts:
       y_TD = y_TD + self.shared(h_TD, config)
     return y_TD.reshape(h_BSD.shape), router_stats(routing, bias_E, mask_BS, config)
@@ -68,7 +67,7 @@ class MoELayer(MoE):
   def __init__(self, config: ModelConfig, init: Init):
     self.eps = config.norm_eps
     self.scale_attention_D = init.ones(config.d_model)
-    self.attention = ATTENTIONS[config.attention](config, init)
+    self.attention = ATTENTIONS[config.attention].module(config, init)
     self.scale_ffn_D = init.ones(config.d_model)
     super().__init__(config, init)
 

@@ -48,10 +48,10 @@ def angles(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 def rotate(x_BSHR: jax.Array, config: ModelConfig) -> jax.Array:
   """Turns each pair of the last axis by position * frequency; positions count from 0 along S."""
-  return turn(x_BSHR, *map(jnp.asarray, angles(x_BSHR.shape[1], config)))
+  return rotate_by(x_BSHR, *map(jnp.asarray, angles(x_BSHR.shape[1], config)))
 
 
-def turn(x_BSHR: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_by(x_BSHR: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Turns each pair of the last axis by the angle of its position, in float32. cos, sin: [S, R/2] or [B, S, R/2]."""
   cos, sin = cos[..., None, :], sin[..., None, :]
   x = x_BSHR.astype(jnp.float32).reshape(*x_BSHR.shape[:-1], -1, 2)

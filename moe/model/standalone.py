@@ -40,7 +40,7 @@ class Stats(NamedTuple):
   load_E: int32 assignments per expert, of unmasked tokens, before dropping. dropped: int32 assignments over capacity.
   tokens: int32 unmasked tokens. loss: float32, the configured auxiliary loss and z-loss, weighted, to be added to the
   model's loss (differentiable; 0 without either). entropy_sum: float32, of the tokens' scores, 1 each if they are even.
-  margins: int32, what the quantile rule wants to know, else of no size.
+  statistic: int32, what the bias rule wants to know besides, else of no size.
   """
 
   load_E: jax.Array
@@ -48,7 +48,7 @@ class Stats(NamedTuple):
   tokens: jax.Array
   loss: jax.Array
   entropy_sum: jax.Array
-  margins: jax.Array
+  statistic: jax.Array
 
 
 class MoE:
@@ -164,7 +164,7 @@ class MoE:
     settings = self.config.balance
     state = {f'{name[:-1]}LE': value[None] for name, value in balance.items()}
     speed = jnp.float32(settings.gamma if gamma is None else gamma)
-    return _without_layers(rules.update(state, stats.load_E[None], stats.margins[None], speed, settings))
+    return _without_layers(rules.update(state, stats.load_E[None], stats.statistic[None], speed, settings))
 
   def _abstract(self):
     """The module's graph, and its parameters' shapes."""
@@ -182,9 +182,9 @@ class MoE:
     over_batch = lambda value: lax.psum(value, axes.batch) if axes.batch else value
     tokens = over_batch(mask_BS.sum(dtype=jnp.int32))
     loss = over_batch(_loss(found, tokens, config))
-    counts = jax.tree.map(over_batch, (found.load_E, found.dropped, found.entropy_sum, found.margins))
-    load_E, dropped, entropy_sum, margins = counts
-    return y_BSD, Stats(load_E, dropped, tokens, loss, lax.stop_gradient(entropy_sum), margins)
+    counts = jax.tree.map(over_batch, (found.load_E, found.dropped, found.entropy_sum, found.statistic))
+    load_E, dropped, entropy_sum, statistic = counts
+    return y_BSD, Stats(load_E, dropped, tokens, loss, lax.stop_gradient(entropy_sum), statistic)
 
 
 def _loss(found: RouterStats, tokens, config: Resolved):

@@ -8,6 +8,7 @@ All run inside `jax.shard_map` over the mesh of `moe.parallel.mesh`; arrays are 
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ from moe.balance import rules
 from moe.balance.stats import RouterStats
 from moe.config import BalanceConfig, Config, ModelConfig
 from moe.model.layer import DenseLayer, MoELayer
-from moe.model.norm import rms_norm
 from moe.model.parameters import Init, RouterBias
 from moe.ops import attention, grouped_matmul
-from moe.ops.cross_entropy import cross_entropy, mask_padding
+from moe.ops.cross_entropy import cross_entropy
+from moe.ops.norm import rms_norm
 from moe.parallel.resolved import Resolved
 
 
@@ -124,20 +125,26 @@ def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, con
   bias_E = model.bias_LE[...][config.model.num_moe_layers + depth]
 
   def run(h_BSD):
-    hidden_BSD = rms_norm(rms_norm(h_BSD, scale_before_D, eps), module.scale_hidden_D[...], eps)
     embedded_BSD = embed_tokens(model.w_embedding_VD[...], next_token_BS)
-    embedded_BSD = rms_norm(embedded_BSD, module.scale_embedding_D[...], eps)
-    x_BSD = hidden_BSD @ module.w_hidden_DD[...] + embedded_BSD @ module.w_embedding_DD[...]
+    normed_BSD = rms_norm(h_BSD, scale_before_D, eps)
+    x_BSD = mtp_input(lambda name: getattr(module, name)[...], normed_BSD, embedded_BSD, eps)
     return module.layer(x_BSD, segment_BS, mask_BS, bias_E, config)
 
   return remat(run, config.train.remat)(h_BSD)
 
 
-def head(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array) -> jax.Array:
-  """float32 logits of this shard's slice of the vocabulary, [B, S, V]; padded entries are -1e30."""
-  normed_BSD = rms_norm(h_BSD, scale_D, model.config.norm_eps)
-  logits_BSV = jnp.einsum('bsd,dv->bsv', normed_BSD, _head_weights(model), preferred_element_type=jnp.float32)
-  return mask_padding(logits_BSV, model.config.vocab_size)
+def mtp_input(w: Callable[[str], jax.Array], normed_BSD: jax.Array, embedded_BSD: jax.Array, eps: float) -> jax.Array:
+  """What an MTP module's layer reads (arXiv 2412.19437, equation 21), in the form of two products instead of one.
+
+  Args:
+    w: a name of the module's own parameters -> its array.
+    normed_BSD: the state before the module, after that one's final norm.
+    embedded_BSD: embedding of the next token.
+    eps: of the norms.
+  """
+  hidden_BSD = rms_norm(normed_BSD, w('scale_hidden_D'), eps)
+  embedded_BSD = rms_norm(embedded_BSD, w('scale_embedding_D'), eps)
+  return hidden_BSD @ w('w_hidden_DD') + embedded_BSD @ w('w_embedding_DD')
 
 
 def nats(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):

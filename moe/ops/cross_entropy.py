@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.ops.masking import MASKED
 from moe.ops.varying import align, vary, varying_axes
 
 CHUNK_LOGITS = 2**26  # in float32: 256 MiB of logits at a time
@@ -60,18 +61,18 @@ def _over_chunks(h_TD, w_DV, target_T, weight_T, vocab_size: int, gradients: boo
   def step(carry, chunk):
     h_CD, target_C, weight_C = chunk
     nats_C, dlogits_CV = _chunk(h_CD, w_DV, target_C, vocab_size)
-    nats, dw_DV = carry
+    nats, dw = carry
     nats = nats + (nats_C * weight_C).sum()
     if not gradients:
-      return (nats, dw_DV), None
+      return (nats, dw), None
     dlogits_CV = (dlogits_CV * weight_C[:, None]).astype(h_CD.dtype)
-    dw_DV = dw_DV + jnp.einsum('cd,cv->dv', h_CD, dlogits_CV, preferred_element_type=jnp.float32)
-    return (nats, dw_DV), dlogits_CV @ w_DV.T
+    dw = dw + jnp.einsum('cd,cv->dv', h_CD, dlogits_CV, preferred_element_type=jnp.float32)
+    return (nats, dw), dlogits_CV @ w_DV.T
 
-  (nats, dw_DV), dh_NCD = lax.scan(step, start, chunks)
+  (nats, dw), dh_NCD = lax.scan(step, start, chunks)
   # Each shard has summed the same nats; the mean over `tensor` says so to the type system.
   nats = lax.pmean(nats, 'tensor')
-  return (nats, dh_NCD.reshape(-1, D)[:T], dw_DV.astype(w_DV.dtype)) if gradients else (nats, None, None)
+  return (nats, dh_NCD.reshape(-1, D)[:T], dw.astype(w_DV.dtype)) if gradients else (nats, None, None)
 
 
 def _chunk(h_CD, w_DV, target_C, vocab_size: int):
@@ -86,9 +87,14 @@ def _chunk(h_CD, w_DV, target_C, vocab_size: int):
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
-  """This shard's logits [..., V] with -1e30 where the vocabulary is padding."""
-  return jnp.where(_token_ids(logits.shape[-1]) < vocab_size, logits, -1e30)
+  """This shard's logits [..., V] with MASKED where the vocabulary is padding."""
+  return jnp.where(_token_ids(logits.shape[-1]) < vocab_size, logits, MASKED)
 
 
 def _token_ids(V: int):
   return lax.axis_index('tensor') * V + jnp.arange(V)
+
+
+def head_logits(h_XD: jax.Array, w_DV: jax.Array, vocab_size: int) -> jax.Array:
+  """This shard's float32 logits [..., V] of normed hidden states; MASKED where the vocabulary is padding."""
+  return mask_padding(jnp.dot(h_XD, w_DV, preferred_element_type=jnp.float32), vocab_size)

@@ -26,7 +26,7 @@ dequantised, by dy in the compute dtype. Rows on their way to experts of other s
 powers of two (`model/dispatch/wire.py`). Router, norms, embedding, head, the core of attention, masters and moments
 never are FP8.
 
-On Hopper GPUs the products are the kernels of `grouped_matmul/mosaic_gpu_fp8.py`. Elsewhere the same numbers are
+On Hopper GPUs the products are the kernels of `grouped_matmul/_mosaic_gpu_fp8.py`. Elsewhere the same numbers are
 emulated: dequantised to float32 and multiplied there, which is also the kernels' oracle.
 """
 
@@ -39,10 +39,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.ops import quantize_gpu
-from moe.ops.grouped_matmul import BACKENDS, ROW_MULTIPLES, SAVED, mosaic_gpu_fp8
-from moe.ops.grouped_matmul.persistent import pad_to_multiples
+from moe.ops.grouped_matmul import SAVED
+from moe.ops.grouped_matmul import _mosaic_gpu_fp8 as mosaic_gpu_fp8
+from moe.ops.grouped_matmul._persistent import pad_to_multiples
 from moe.ops.quantize_gpu import BLOCK, Blocks, blocks_of
 from moe.ops.varying import align, vary, varying_axes
+from moe.registry import GROUPED_MATMULS
 
 ROWS, COLUMNS, BLOCKS = (1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK)  # rows and columns that share a scale
 # Measured on one H200 (bench.py --suite=gemm, --suite=fp8): Wgrad; quantising as is, turning x, dy both ways.
@@ -96,15 +98,15 @@ def grouped_matmul(
   Args:
     x_MD: rows sorted by expert, in the compute dtype, as is the result.
     w_eDF: a matrix per expert.
-    size_e: int32 rows per expert, multiples of the backend's ROW_MULTIPLES.
-    backend: a key of BACKENDS; all but mosaic_gpu emulate.
+    size_e: int32 rows per expert, multiples of the backend's row_multiple.
+    backend: of `moe.ops.grouped_matmul`; all but mosaic_gpu emulate.
     power_of_two: scales of rows are powers of two: rows that came in FP8 with such are not rounded once more. With
       Wgrad in FP8 they always are.
   """
   (rows, _), F = x_MD.shape, w_eDF.shape[2]
   wgrad_in_fp8 = wgrad_pays(rows, *w_eDF.shape)
   if backend == 'mosaic_gpu':
-    x_MD = pad_to_multiples(x_MD, ROW_MULTIPLES[backend], BLOCK)
+    x_MD = pad_to_multiples(x_MD, GROUPED_MATMULS[backend].row_multiple, BLOCK)
     w_eDF = pad_to_multiples(w_eDF, 1, BLOCK, BLOCK)
   operands = align(x_MD, w_eDF, size_e)
   return _grouped(*operands, backend, power_of_two or wgrad_in_fp8, wgrad_in_fp8)[:rows, :F]
@@ -126,7 +128,7 @@ def wgrad_pays(rows: int, experts: int, D: int, F: int) -> bool:
 def matmul(x: jax.Array, w_DF: jax.Array, backend: str) -> jax.Array:
   """x [..., D] times w, in FP8: one expert that gets all rows."""
   x_MD = x.reshape(-1, x.shape[-1])
-  padded_MD = pad_to_multiples(x_MD, ROW_MULTIPLES[backend], 1)
+  padded_MD = pad_to_multiples(x_MD, GROUPED_MATMULS[backend].row_multiple, 1)
   y_MF = grouped_matmul(padded_MD, w_DF[None], jnp.array([len(padded_MD)]), backend)
   return y_MF[: len(x_MD)].reshape(*x.shape[:-1], -1)
 
@@ -162,7 +164,7 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 def _weight_gradient(x_MD, dy_MF, size_e, backend, dtype):
   """dw of a backend of `grouped_matmul`, of whose vjp only the weights' product is run."""
   w_eDF = vary(jnp.zeros((len(size_e), x_MD.shape[1], dy_MF.shape[1]), dtype), varying_axes(x_MD))
-  return jax.vjp(lambda w_eDF: BACKENDS[backend](x_MD, w_eDF, size_e), w_eDF)[1](dy_MF)[0]
+  return jax.vjp(lambda w_eDF: GROUPED_MATMULS[backend].matmul(x_MD, w_eDF, size_e), w_eDF)[1](dy_MF)[0]
 
 
 def quantize_rows(x_MK: jax.Array, backend: str, power_of_two: bool = False) -> Quantized:
@@ -218,4 +220,4 @@ def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) 
   if backend == 'mosaic_gpu':
     return mosaic_gpu_fp8.rows_by_matrix(x.value, x.scale, w.value, w.scale, size_e, dtype)
   w_eKN = dequantize(w, BLOCKS).swapaxes(1, 2)
-  return BACKENDS[backend](dequantize(x, ROWS), w_eKN, size_e).astype(dtype)
+  return GROUPED_MATMULS[backend].matmul(dequantize(x, ROWS), w_eKN, size_e).astype(dtype)

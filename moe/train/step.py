@@ -67,7 +67,7 @@ def make_train_step(config: Resolved, mesh):
     updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
     params = jax.tree.map(jnp.add, old.params, updates)
     gamma = speed(old.step)
-    balance = rules.update(old.balance, sums.router.load_E, sums.router.margins, gamma, config.balance)
+    balance = rules.update(old.balance, sums.router.load_E, sums.router.statistic, gamma, config.balance)
     metrics = _metrics(sums, counts, grads, balance, config)
     metrics |= {'learning_rate': rate(old.step), 'gamma': gamma}
     return TrainState(old.step + 1, params, balance, opt_state), metrics

@@ -9,9 +9,11 @@ import oracle
 import pytest
 
 from moe.balance import rules
-from moe.config import BalanceConfig
+from moe.balance.routing import Routing
+from moe.balance.rules import quantile
+from moe.config import BalanceConfig, ModelConfig
 from moe.errors import UserError
-from moe.validation import BIAS_RULES
+from moe.registry import BIAS_RULES
 
 T, E, K = 1024, 8, 2
 NO_MARGINS = np.zeros((1, 4, 0), np.int32)
@@ -30,7 +32,7 @@ def step(rule, load_LE, state=None, gamma=0.5, margins=NO_MARGINS, fastest=None,
   return compiled(balance)(state, jnp.asarray(load_LE), jnp.asarray(margins), jnp.float32(gamma))
 
 
-histogram = jax.jit(lambda scores_TE, bias_E, mask_T: rules.margin_histogram(scores_TE, bias_E, mask_T, K))
+histogram = jax.jit(lambda scores_TE, bias_E, mask_T: quantile.margin_histogram(scores_TE, bias_E, mask_T, K))
 
 
 def margins_of(scores_TE, bias_E, mask_T=None):
@@ -38,8 +40,20 @@ def margins_of(scores_TE, bias_E, mask_T=None):
   return histogram(scores_TE, bias_E, mask_T)
 
 
-def margins_for(rule, num_routers):
-  return np.zeros((num_routers, 4, rules.MARGIN_BINS if rule == 'quantile' else 0), np.int32)
+def statistic_of(rule, scores_TE, bias_E):
+  """What a rule counts of these tokens, [1, E, ...]."""
+  routing = Routing(None, None, None, None, jnp.asarray(scores_TE), None)
+  count = BIAS_RULES[rule].statistic
+  return count(routing, jnp.asarray(bias_E), jnp.ones(len(scores_TE), bool), ModelConfig(num_experts=E, top_k=K))[None]
+
+
+def no_statistic(rule, num_routers, num_experts):
+  one = statistic_of(rule, np.zeros((1, E)), np.zeros(E))
+  return np.zeros((num_routers, num_experts, *one.shape[2:]), np.int32)
+
+
+def neutral(rule):
+  return 1.0 if BIAS_RULES[rule].factor else 0.0
 
 
 def choose(biased_TE):
@@ -71,11 +85,11 @@ def skewed_scores(seed=0):
   ],
 )
 def test_one_step(rule, load_LE, moves):
-  start = 1.0 if rule == 'multiplicative' else 0.0
+  start = neutral(rule)
   state = step(rule, load_LE, gamma=0.5)
   np.testing.assert_allclose(state['bias_LE'], start + 0.5 * np.array([moves]), rtol=1e-6)
   # The next step starts from there, on each layer by itself.
-  both = {'bias_LE': jnp.concatenate([state['bias_LE'], jnp.zeros((1, 4))])}
+  both = rules.start(BalanceConfig(bias_rule=rule), jnp.concatenate([state['bias_LE'], jnp.zeros((1, 4))]))
   after = step(rule, np.concatenate([load_LE, load_LE[:, ::-1]]), both, gamma=0.25)['bias_LE']
   np.testing.assert_allclose(after[0], start + 0.75 * np.array(moves), rtol=1e-6)
   np.testing.assert_allclose(after[1], 0.25 * np.array(moves)[::-1], rtol=1e-6)
@@ -99,7 +113,7 @@ def test_overloaded_goes_down(rule):
   load_LE, bias_E = choose(scores), np.zeros(E, np.float32)
   balance = BalanceConfig(bias_rule=rule)
   start = rules.init(balance, 1, E)
-  new = step(rule, load_LE, start, 0.01, margins_of(scores, bias_E)[None])
+  new = step(rule, load_LE, start, 0.01, statistic_of(rule, scores, bias_E))
   moved_E = np.asarray(new['bias_LE'] - start['bias_LE'])[0]
   assert moved_E[load_LE[0].argmax()] == moved_E.min()
   assert moved_E[load_LE[0].argmax()] < 0 < moved_E[load_LE[0].argmin()]
@@ -111,18 +125,18 @@ def test_overloaded_goes_down(rule):
 def test_initial_state():
   for rule in BIAS_RULES:
     state = rules.init(BalanceConfig(bias_rule=rule), 3, 4)
-    np.testing.assert_array_equal(state['bias_LE'], np.full((3, 4), 1.0 if rule == 'multiplicative' else 0.0))
+    np.testing.assert_array_equal(state['bias_LE'], np.full((3, 4), neutral(rule)))
     assert state['bias_LE'].dtype == jnp.float32
-    after = step(rule, np.ones((3, 4), np.int32), state, 0.1, margins_for(rule, 3))
+    after = step(rule, np.ones((3, 4), np.int32), state, 0.1, no_statistic(rule, 3, 4))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
 @pytest.mark.parametrize('rule', BIAS_RULES)
 def test_gamma_zero_leaves_the_state_untouched(rule):
   scores, bias_E = skewed_scores(), np.zeros(E, np.float32)
-  margins = margins_of(scores, bias_E)[None]
-  moved = step(rule, choose(scores), None, 0.01, margins)
-  still = step(rule, choose(scores), moved, 0.0, margins)
+  statistic = statistic_of(rule, scores, bias_E)
+  moved = step(rule, choose(scores), None, 0.01, statistic)
+  still = step(rule, choose(scores), moved, 0.0, statistic)
   assert moved.keys() == still.keys()
   for key in moved:
     np.testing.assert_array_equal(still[key], moved[key])
@@ -138,7 +152,7 @@ def test_no_load_moves_nothing(rule):
   np.testing.assert_array_equal(state['bias_LE'], bias_LE)
   assert state.keys() == rules.init(BalanceConfig(bias_rule=rule), 1, 4).keys()
   for load_LE, gamma in ((np.zeros((1, 4), np.int32), 0.1), (LOAD_LE, 0.0)):
-    after = step(rule, load_LE, state, gamma, margins_for(rule, 1))
+    after = step(rule, load_LE, state, gamma, no_statistic(rule, 1, 4))
     assert after.keys() == state.keys()
     for key in state:
       np.testing.assert_array_equal(after[key], state[key])
@@ -148,14 +162,12 @@ def test_no_load_moves_nothing(rule):
 def test_a_factor_is_not_a_summand(rule):
   """A bias around 0 of any other rule would multiply all scores away."""
   assert rules.check_start(rule, rule) is None
-  if rule == 'multiplicative':
-    for theirs in set(BIAS_RULES) - {rule}:
-      with pytest.raises(UserError, match=f"'multiplicative' cannot start from a run with '{theirs}'"):
+  for theirs in BIAS_RULES:
+    if (rule == 'multiplicative') == (theirs == 'multiplicative'):
+      assert rules.check_start(rule, theirs) is None
+    else:
+      with pytest.raises(UserError, match=f"'{rule}' cannot start from a run with '{theirs}'"):
         rules.check_start(rule, theirs)
-  else:
-    assert rules.check_start(rule, 'sign') is None
-    with pytest.raises(UserError, match=f"'{rule}' cannot start from a run with 'multiplicative'"):
-      rules.check_start(rule, 'multiplicative')
 
 
 @pytest.mark.parametrize('num_experts', [3, 4])
@@ -165,7 +177,7 @@ def test_huge_counts_keep_their_signs(rule, num_experts):
   rng = np.random.default_rng(5)
   spread = 10.0 ** rng.integers(0, 8, (200, 1))
   load_LE = (5e8 - rng.uniform(0, 1, (200, num_experts)) * spread).astype(np.int32)
-  start = 1 if rule == 'multiplicative' else 0
+  start = neutral(rule)
   moves = np.asarray(step(rule, load_LE, None, 0.5)['bias_LE'], np.float64) - start
   exact = load_LE.astype(object).sum(1, keepdims=True) - num_experts * load_LE.astype(object)  # Python integers
   np.testing.assert_array_equal(np.sign(moves), np.sign(exact.astype(np.float64)))
@@ -181,7 +193,7 @@ def test_margin_histogram(lowest, highest, outermost):
   scores_TE = (rng.permuted(np.tile(np.arange(512), (60, 1)), axis=1)[:, :E] / 512).astype(np.float32)
   bias_E = (rng.integers(lowest, highest, E) / 512).astype(np.float32)
   mask_T = rng.random(60) < 0.7
-  expected = np.zeros((E, rules.MARGIN_BINS), int)
+  expected = np.zeros((E, quantile.MARGIN_BINS), int)
   for scores in scores_TE[mask_T]:
     alpha = sorted(scores + bias_E)[-K - 1]  # the best biased score that was not chosen
     for e, score in enumerate(scores):
@@ -196,7 +208,7 @@ def test_margin_histogram(lowest, highest, outermost):
 
 def test_quantile_bias_is_the_quantile():
   """Margins spread evenly over (0, 0.5): a target of a quarter of the tokens is exceeded at 0.375, and so on."""
-  margins = np.zeros((1, 4, rules.MARGIN_BINS), np.int32)
+  margins = np.zeros((1, 4, quantile.MARGIN_BINS), np.int32)
   low = np.array([0.0, -0.5, 0.25, 0.0])
   for e in range(4):
     first = round((low[e] + 1) * 1024)
@@ -254,8 +266,8 @@ def test_closed_loop_balances_a_skewed_router(rule, gamma):
   for _ in range(250):
     bias_LE = rules.init(BalanceConfig(bias_rule=rule), 1, E)['bias_LE'] if state is None else state['bias_LE']
     bias_E = np.asarray(bias_LE)[0]
-    load_LE = choose(scores * bias_E if rule == 'multiplicative' else scores + bias_E)
+    load_LE = choose(scores * bias_E if BIAS_RULES[rule].factor else scores + bias_E)
     violation.append(oracle.max_vio(load_LE[0]))
-    state = step(rule, load_LE, state, gamma)
+    state = step(rule, load_LE, state, gamma, statistic_of(rule, scores, bias_E))
   assert violation[0] > 1
   assert max(violation[-50:]) < 0.1

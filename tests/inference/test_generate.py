@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heads import head
 from jax.sharding import PartitionSpec as P
 
 from configs import deepseek_v3
 from moe.config import from_config_dict
 from moe.errors import UserError
-from moe.inference import forward, quantize, steps, weights
+from moe.inference import forward, products, quantize, steps, weights
 from moe.inference.generate import Generator
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.model import transformer
+from moe.ops.norm import rms_norm
 from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.resolved import Resolved
 
@@ -55,11 +57,11 @@ def full_logits(mesh_of):
     built, ones = transformer.build(config, params, bias_LE), jnp.ones_like(token_BS)
     x_BSD = transformer.embed(built, token_BS, ones, config)
     h_BSD, _ = transformer.stack(built, x_BSD, ones, ones > 0, config)
-    found = [transformer.head(built, h_BSD, built.scale_out_D[...])]
+    found = [head(built, h_BSD, built.scale_out_D[...])]
     if config.model.mtp_depth:
       next_BS = jnp.roll(token_BS, -1, axis=1)
       h_BSD, _ = transformer.mtp_hidden(built, 0, h_BSD, next_BS, ones, ones > 0, config)
-      found.append(transformer.head(built, h_BSD, built.mtp[0].scale_out_D[...]))
+      found.append(head(built, h_BSD, built.mtp[0].scale_out_D[...]))
     return found
 
   compiled = {}
@@ -116,7 +118,7 @@ def cached_logits(config, mesh, tokens, chunks, scheme='none'):
   def run(w, cache, token_BS, length_B):
     chunk = forward.chunk_at(length_B, jnp.ones(token_BS.shape, bool), CAPACITY, config.model)
     h_BSD, cache = forward.run(w, cache, token_BS, chunk, config)
-    normed_BSD = transformer.rms_norm(h_BSD, w['scale_out_D'], config.model.norm_eps)
+    normed_BSD = rms_norm(h_BSD, w['scale_out_D'], config.model.norm_eps)
     return forward.logits(w, normed_BSD, config.model), cache
 
   mapped = jax.jit(
@@ -167,7 +169,7 @@ WIDE_MHA = WIDE | {'attention': 'mha', 'qk_nope_dim': 0, 'qk_rope_dim': 32, 'v_d
 def test_chunks_of_many_rows(sizes, changes, scheme, model, full_logits, mesh_of, monkeypatch):
   """They are multiplied by other kernels, with dequantised weights."""
   monkeypatch.setattr(forward, 'FEW', 0)
-  monkeypatch.setattr(forward, 'FEW_DENSE', 0)
+  monkeypatch.setattr(products, 'FEW_DENSE', 0)
   config = resolved(dataclasses.replace(model, **changes))
   tokens = np.random.default_rng(3).integers(0, model.vocab_size, 16).tolist()
   want = full_logits(config, tokens, scheme)[0]
@@ -315,4 +317,4 @@ def test_tokens_nobody_sent_are_not_emitted(model, generator):
   slots, emitted = made._decode(made.weights, slots)
   assert (np.asarray(emitted.token_BK)[:, 3:] == steps.NO_TOKEN).all()
   assert (np.asarray(emitted.accepted_B) == -1).all()
-  assert all((np.asarray(one)[3:] == 0).all() for one in slots.cache)
+  assert all((np.asarray(one)[3:] == 0).all() for one in jax.tree.leaves(slots.cache))

@@ -9,6 +9,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from heads import head
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
@@ -189,11 +190,11 @@ def our_logits(model, params, bias_LE, token_BS, mesh) -> np.ndarray:
     segment_BS = jnp.ones_like(token_BS[:, :length])
     x_BSD = transformer.embed(built, token_BS[:, :length], segment_BS, config)
     h_BSD, _ = transformer.stack(built, x_BSD, segment_BS, segment_BS > 0, config)
-    logits = [transformer.head(built, h_BSD, built.scale_out_D[...])]
+    logits = [head(built, h_BSD, built.scale_out_D[...])]
     for depth, module in enumerate(built.mtp):
       next_BS = token_BS[:, depth + 1 : depth + 1 + length]
       h_BSD, _ = transformer.mtp_hidden(built, depth, h_BSD, next_BS, segment_BS, segment_BS > 0, config)
-      logits.append(transformer.head(built, h_BSD, module.scale_out_D[...]))
+      logits.append(head(built, h_BSD, module.scale_out_D[...]))
     return jnp.stack(logits)
 
   specs = (P(), P(), P(BATCH_AXES))

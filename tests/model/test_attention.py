@@ -12,8 +12,8 @@ from flax import nnx
 
 from moe.config import Config, ModelConfig, PrecisionConfig
 from moe.model import rope
-from moe.model.attention import ATTENTIONS
 from moe.model.parameters import Init
+from moe.registry import ATTENTIONS
 
 B, S, D = 2, 9, 8
 MLA = ModelConfig(d_model=D, num_heads=3, q_lora_rank=0, kv_lora_rank=5, qk_nope_dim=4, qk_rope_dim=6, v_dim=2)
@@ -27,7 +27,7 @@ SEGMENT_BS = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 3, 3, 4]]
 
 
 def attention(name):
-  return ATTENTIONS[MODELS[name].attention](MODELS[name], Init(nnx.Rngs(0), 1.0))
+  return ATTENTIONS[MODELS[name].attention].module(MODELS[name], Init(nnx.Rngs(0), 1.0))
 
 
 @functools.lru_cache

@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe.balance.routing import Routing
 from moe.config import ModelConfig
-from moe.model import dispatch
 from moe.model import layer as layers
+from moe.model import resolve
 from moe.model.ffn import Experts
 from moe.model.parameters import Init
 from moe.ops import permute as permutes
 from moe.parallel.mesh import BATCH_AXES, abstract_mesh
 from moe.parallel.resolved import Resolved
+from moe.registry import DISPATCHERS
 
 T, D, F, E, K = 32, 8, 6, 16, 3  # T over the whole mesh
 ROW_MULTIPLE = 4  # what experts' rows are padded to; the rest of the suite has 1
@@ -41,7 +42,8 @@ CASES = {
   'local': ('local', {}, MODEL),
   'local-tensor2': ('local', {'tensor': 2}, MODEL),
   'local-data2': ('local', {'data': 2}, MODEL),
-  **{f'{name}-{mesh}': (name, MESHES[mesh], MODEL) for name in ('all_gather', 'all_to_all') for mesh in MESHES},
+  **{f'all_gather-{mesh}': ('all_gather', MESHES[mesh], MODEL) for mesh in MESHES},
+  **{f'all_to_all-{mesh}': ('all_to_all', MESHES[mesh], MODEL) for mesh in MESHES},
   **{f'ragged-{mesh}': ('ragged', MESHES[mesh], MODEL) for mesh in ('expert4', 'expert16', 'data2_expert2')},
   'all_gather-limited': ('all_gather', MESHES['expert4'], LIMITED),
   'all_to_all-limited': ('all_to_all', MESHES['expert4'], LIMITED),
@@ -104,7 +106,7 @@ def experts_module(module_of, matrices, config):
 
 def program(name, mesh, config, module_of, matmul='blocked'):
   """(x, weight, matrices, expert, keep) -> y, over the global arrays: dispatch, experts, combine on `mesh`."""
-  backend = dispatch.BACKENDS[name]
+  apply = DISPATCHERS[name]
   rows = P(BATCH_AXES)
   weights = (P('expert', None, 'tensor'), P('expert', None, 'tensor'), P('expert', 'tensor', None))
 
@@ -114,7 +116,7 @@ def program(name, mesh, config, module_of, matmul='blocked'):
     experts = experts_module(module_of, matrices, config)
     resolved = Resolved(model=config, dispatch=name, grouped_matmul=matmul, row_multiple=ROW_MULTIPLE)
     through_experts = lambda x_MD, size_e: experts(x_MD, size_e, dataclasses.replace(resolved, row_multiple=1))
-    return lax.psum(backend.apply(x_TD, routing, through_experts, resolved), 'tensor')
+    return lax.psum(apply(x_TD, routing, through_experts, resolved), 'tensor')
 
   return jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, weights, rows, rows), out_specs=rows)
 
@@ -203,9 +205,9 @@ def test_ragged_lowers_for_gpus(axes, module_of):
 
 
 def test_auto_backend():
-  assert dispatch.resolve_backend('auto', 1) == 'local'
-  assert dispatch.resolve_backend('auto', 2) == 'all_gather'
-  assert dispatch.resolve_backend('ragged', 2) == 'ragged'
+  assert resolve.dispatcher('auto', 1) == 'local'
+  assert resolve.dispatcher('auto', 2) == 'all_gather'
+  assert resolve.dispatcher('ragged', 2) == 'ragged'
 
 
 def test_permute_gradient_is_a_scatter_add():

@@ -19,7 +19,7 @@ from processes import environment
 import moe
 from moe.errors import UserError
 from moe.files.paths import PACKAGE
-from moe.validation import BIAS_RULES
+from moe.registry import BIAS_RULES
 
 B, S, D, F, E, K = 8, 6, 16, 8, 8, 2
 SIZES = {'d_model': D, 'd_expert': F, 'num_experts': E, 'top_k': K, 'init_std': 0.3, 'matmul': 'highest'}

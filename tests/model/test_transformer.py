@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from heads import head
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe.config import BalanceConfig, ModelConfig, TrainConfig, from_config_dict
-from moe.model import norm, transformer
+from moe.model import transformer
+from moe.ops import norm
 from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
@@ -142,7 +144,7 @@ def test_logits_depend_on_earlier_positions_of_the_document_only(mesh_of, tiny_m
       for layer in built.dense_layers:
         x_BSD = layer(x_BSD, segments, config)
       h_BSD, _ = transformer.stack(built, x_BSD, segments, segments > 0, config)
-      return transformer.head(built, h_BSD, built.scale_out_D[...])
+      return head(built, h_BSD, built.scale_out_D[...])
 
     return jax.vjp(logits, x_BSD)[1](cotangent_BSV)[0]
 
@@ -185,7 +187,7 @@ def test_vocabulary(tied, tensor, mesh_of):
   def local(params, h_BSD):
     model = transformer.build(config, params, jnp.asarray(bias_LE))
     embedded_BSD = transformer.embed_tokens(model.w_embedding_VD[...], jnp.asarray(token_BS))
-    logits_BSV = transformer.head(model, h_BSD, model.scale_out_D[...])
+    logits_BSV = head(model, h_BSD, model.scale_out_D[...])
     nats = transformer.nats(model, h_BSD, model.scale_out_D[...], jnp.asarray(target_BS), jnp.asarray(weight_BS))
     return embedded_BSD, logits_BSV, nats
 

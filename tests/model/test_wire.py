@@ -18,11 +18,11 @@ from test_dispatch import LOADS, E, K, T, emulated_ragged_all_to_all
 
 from moe.balance.routing import Routing
 from moe.config import ModelConfig, PrecisionConfig
-from moe.model import dispatch
 from moe.ops import fp8
 from moe.ops.permute import key_of
 from moe.parallel.mesh import BATCH_AXES, abstract_mesh
 from moe.parallel.resolved import Resolved
+from moe.registry import DISPATCHERS
 
 MODEL = ModelConfig(num_experts=E, top_k=K)
 FACTOR_E = np.linspace(-1, 2, E).astype(np.float32)
@@ -32,7 +32,7 @@ CASES += [('all_to_all', {'data': 2, 'expert': 2}), ('all_gather', {'expert': 2,
 
 def program(name, mesh, in_fp8):
   """(x, weight, expert, keep) -> y over the global arrays."""
-  backend, rows = dispatch.BACKENDS[name], P(BATCH_AXES)
+  apply, rows = DISPATCHERS[name], P(BATCH_AXES)
 
   def run(x_TD, weight_TK, expert_TK, keep_TK):
     unused = jnp.zeros((len(x_TD), E))
@@ -45,7 +45,7 @@ def program(name, mesh, in_fp8):
 
     precision = PrecisionConfig(fp8='dispatch' if in_fp8 else '')
     resolved = Resolved(model=MODEL, dispatch=name, precision=precision, row_multiple=4)
-    return backend.apply(x_TD, routing, experts, resolved)
+    return apply(x_TD, routing, experts, resolved)
 
   return jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows)
 

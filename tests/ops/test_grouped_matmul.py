@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe.errors import UserError
-from moe.ops import grouped_matmul as module
+from moe.model import resolve
 from moe.ops.grouped_matmul import grouped_matmul
 
 BACKENDS = ('blocked', 'ragged_dot')  # tests/ops/test_mosaic_gpu.py has the other
@@ -158,11 +158,11 @@ def test_mixed_operands_inside_shard_map(backend, inside, mesh_of):
   ],
 )
 def test_auto_backend(platform, compute, backend):
-  assert module.resolve_backend('auto', platform, compute) == backend
-  assert module.resolve_backend('blocked', platform, compute) == 'blocked'
+  assert resolve.grouped_matmul('auto', platform, compute) == backend
+  assert resolve.grouped_matmul('blocked', platform, compute) == 'blocked'
 
 
 @pytest.mark.parametrize(('platform', 'compute'), [('cpu', 'bfloat16'), ('gpu', 'bfloat16'), ('hopper', 'float32')])
 def test_mosaic_gpu_is_refused_where_it_cannot_run(platform, compute):
-  with pytest.raises(UserError, match='needs a Hopper GPU'):
-    module.resolve_backend('mosaic_gpu', platform, compute)
+  with pytest.raises(UserError, match='needs a platform of kind hopper'):
+    resolve.grouped_matmul('mosaic_gpu', platform, compute)

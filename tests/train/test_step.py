@@ -13,8 +13,9 @@ from test_step_mesh import CONFIG, SMALL, Run, change, documents, leaves, relati
 
 from moe.errors import UserError
 from moe.parallel.mesh import abstract_mesh
+from moe.registry import BIAS_RULES
 from moe.train import state, step
-from moe.validation import AUX_LOSSES, BIAS_RULES
+from moe.validation import AUX_LOSSES
 
 # gamma moves any expert past any other, so that a bias at work is seen in the loads.
 STEP = change(

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PrecisionConfig, TrainConfig
+from moe.registry import BIAS_RULES
 from moe.train import state, step
 
 # Everything V3 has, split unevenly enough to tell the axes apart.
@@ -87,7 +88,7 @@ def start(config, seed=0):
 
   empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.abstract(config))
   bias_LE = (0.05 * rng.standard_normal(empty.balance['bias_LE'].shape)).astype(np.float32)
-  if config.balance.bias_rule == 'multiplicative':
+  if BIAS_RULES[config.balance.bias_rule].factor:
     bias_LE += 1
   params = jax.tree.map_with_path(weight, empty.params)
   return empty._replace(params=params, balance=empty.balance | {'bias_LE': bias_LE})

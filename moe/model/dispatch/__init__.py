@@ -1,5 +1,5 @@
-"""Dispatch and combine: how tokens reach their experts and come back. One backend per file, one contract,
-so that a backend may interleave the two:
+"""Dispatch and combine: how tokens reach their experts and come back. One dispatcher per file, one contract,
+so that a dispatcher may interleave the two:
 
     apply(x_TD, routing, experts, resolved) -> y_TD     the gate-weighted sum of each token's kept assignments
 
@@ -12,14 +12,5 @@ so that a backend may interleave the two:
 
 M, the number of rows, is static and covers the worst case; rows past sum(size_e) are unused. A row of a masked or
 dropped assignment is not sent. Each expert's rows are padded to `resolved.row_multiple` with rows of zeros, as the
-grouped matmul wants it. With precision.fp8=dispatch, rows travel to the experts in FP8 (`wire.py`).
+grouped matmul wants it. With precision.fp8=dispatch, rows travel to the experts in FP8 (`_wire.py`).
 """
-
-from moe.model.dispatch import all_gather, all_to_all, local, ragged
-
-BACKENDS = {'local': local, 'all_gather': all_gather, 'all_to_all': all_to_all, 'ragged': ragged}
-
-
-def resolve_backend(name: str, expert_shards: int) -> str:
-  """The backend that 'auto' means on so many expert shards; any other name is kept."""
-  return name if name != 'auto' else ('local' if expert_shards == 1 else 'all_gather')

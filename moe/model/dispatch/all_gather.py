@@ -11,8 +11,8 @@ from jax import lax
 
 from moe.balance.routing import Routing
 from moe.model.dispatch import local
-from moe.model.dispatch.contract import in_two_steps
-from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
+from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import permute
 from moe.parallel.resolved import Resolved
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.model.dispatch.contract import in_two_steps
-from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
+from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.model.router import capacity
 from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
 from moe.parallel.resolved import Resolved

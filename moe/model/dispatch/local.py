@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe.balance.routing import Routing
-from moe.model.dispatch.contract import in_two_steps
+from moe.model.dispatch._contract import in_two_steps
 from moe.ops.permute import Permutation, combine_rows, lay_out, permute
 from moe.parallel.resolved import Resolved
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
+from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
-from moe.model.dispatch.contract import in_two_steps
-from moe.model.dispatch.wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
 from moe.ops.varying import align
 from moe.parallel.resolved import Resolved

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.ops.masking import MASKED
+
 BLOCK = 512  # queries
 
 
@@ -62,4 +64,4 @@ def _scores(queries, keys, start_BS, rows, seen, scale):
     total = total + jnp.einsum(equation, query[:, rows], key, preferred_element_type=jnp.float32)
   key_position, position = jnp.arange(seen.stop), jnp.arange(rows.start, rows.stop)[:, None]
   visible_BQK = (key_position >= start_BS[:, rows, None]) & (key_position <= position)
-  return jnp.where(visible_BQK[:, None], total * scale, -1e30)
+  return jnp.where(visible_BQK[:, None], total * scale, MASKED)

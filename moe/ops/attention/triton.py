@@ -16,10 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from moe.ops.masking import MASKED
 from moe.ops.triton_call import call
 
 LOG2_E = math.log2(math.e)
-MASKED = -1e30
 ROWS = 128  # sequences are padded to a multiple
 # Queries and keys of a tile, warps, and stages of the loop's software pipeline.
 FORWARD, DQ, DKV = (128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 3)

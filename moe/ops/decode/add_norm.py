@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from moe.ops.norm import inverse_rms, rms_norm
 from moe.ops.triton_call import call, span
 from moe.ops.varying import align
 
@@ -56,9 +57,7 @@ def add_norm(stream: Stream, scale_D: jax.Array, eps: float) -> tuple[jax.Array,
 
 def _plain(stream, scale_D, eps):
   x_TD = stream.total()
-  x32_TD = x_TD.astype(jnp.float32)
-  root_T1 = lax.rsqrt(jnp.mean(x32_TD * x32_TD, -1, keepdims=True) + eps)
-  return x_TD, (x32_TD * root_T1 * scale_D.astype(jnp.float32)).astype(x_TD.dtype)
+  return x_TD, rms_norm(x_TD, scale_D, eps)
 
 
 def _on_gpu(stream, scale_D, eps, interpret=False):
@@ -90,5 +89,5 @@ def _kernel(x, scale, *refs, weighted: list[bool], eps: float):
   rounded = total.astype(out.dtype)
   plt.store(out.at[t, columns], rounded, mask=inside)
   total = rounded.astype(jnp.float32)
-  root = lax.rsqrt((total * total).sum() / D + eps)
+  root = inverse_rms((total * total).sum(), D, eps)
   plt.store(normed.at[t, columns], (total * root * scales.astype(jnp.float32)).astype(normed.dtype), mask=inside)

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe.ops.quantize_gpu import BLOCK
+from moe.ops.swiglu import gated
 from moe.ops.triton_call import call, span
 from moe.ops.weights import DECODED, GROUP, Fp8Weight, Mxfp4Weight, decode, decode_scale, shape_of
 
@@ -106,7 +107,7 @@ def item_of(i, size_e, rows: int, tile: int) -> Item:
 
 def finish(sums):
   """What becomes of the product with one matrix, or with two: SwiGLU."""
-  return sums[0] if len(sums) == 1 else jax.nn.silu(sums[0]) * sums[1]
+  return sums[0] if len(sums) == 1 else gated(*sums)
 
 
 def result_dtype(dtype, ws: tuple):

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe.ops.decode.latent_inputs_gpu import FEW_TOKENS
+from moe.ops.masking import MASKED, masked_softmax
 from moe.ops.triton_call import call, span
 from moe.ops.varying import align
 
@@ -23,7 +24,6 @@ ROWS, BLOCK = 16, 64  # rows of queries and positions of the cache that a progra
 PROGRAMS = 64  # with fewer, the cache is cut into parts: too few would not keep the memory busy
 COLUMNS, PARTS = 16, 16  # of values, and parts of the cache, that a program has at a time as it puts parts together
 WARPS, STAGES = 4, 2
-MASKED = -1e30
 LOG2_E = math.log2(math.e)
 
 
@@ -50,7 +50,7 @@ def _plain(q_BSHW, cache_BTW, position_BS, w_value_CHU, scale: float):
   q_BMW, position_BM = q_BSHW.reshape(B, S * H, W), jnp.repeat(position_BS, H, axis=1)
   scores_BMT = jnp.einsum('bmw,btw->bmt', q_BMW, cache_BTW, preferred_element_type=jnp.float32) * scale
   seen_BMT = jnp.arange(cache_BTW.shape[1]) <= position_BM[..., None]
-  probs_BMT = jax.nn.softmax(jnp.where(seen_BMT, scores_BMT, MASKED), axis=-1).astype(cache_BTW.dtype)
+  probs_BMT = masked_softmax(scores_BMT, seen_BMT).astype(cache_BTW.dtype)
   # Over the whole width, since a slice of the cache would be a copy of it.
   out_BSHW = jnp.einsum('bmt,btw->bmw', probs_BMT, cache_BTW).reshape(B, S, H, W)
   return _values(out_BSHW[..., : len(w_value_CHU)], w_value_CHU)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from moe.ops.norm import inverse_rms
 from moe.ops.triton_call import call, span
 
 FEW_TOKENS = 8  # up to which this pays: tokens are multiplied one by one
@@ -99,7 +99,7 @@ def _write_row(down, scale, cache, where, turn, eps: float):
   start = down.shape[2] - W
   latent = _sum(down, t, start + jnp.arange(len(inside_C)), inside_C, cache.dtype)
   scales = plt.load(scale.at[latents], mask=inside_C, other=0).astype(jnp.float32)
-  normed = latent * lax.rsqrt((latent * latent).sum() / C + eps) * scales
+  normed = latent * inverse_rms((latent * latent).sum(), C, eps) * scales
   turned = turn(down, start + C, jnp.arange(len(inside_R)), inside_R, cache.dtype)
   there = row < cache.shape[1]
   plt.store(cache.at[b, row, latents], normed.astype(cache.dtype), mask=there & inside_C)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.ops.grouped_matmul import Backend
 from moe.ops.varying import vary, varying_axes
 
 TILES = (128, 64, 32)  # rows of a block; the best measured at 128 to 1,024 rows per expert on 2 cores
@@ -107,3 +108,6 @@ def _rows_by_rows(x, dy, size_e):
 
   count = -(-last_block_e[-1] // BATCH)
   return lax.fori_loop(jnp.zeros_like(count), count, step, dw).astype(x.dtype)
+
+
+BACKEND = Backend(matmul)

@@ -1,6 +1,6 @@
 """Grouped matmul for Hopper GPUs (H20, H100, H200) in Pallas Mosaic GPU: bf16 operands, float32 sums.
 
-Two kernels, built on `persistent.py`:
+Two kernels, built on `_persistent.py`:
 
     rows by matrix   y_MF = x_MD w_eDF    and    dx_MD = dy_MF w_eDF^T
     rows by rows     dw_eDF = x_MD^T dy_MF, per expert
@@ -14,8 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.ops.grouped_matmul import persistent
-from moe.ops.grouped_matmul.persistent import ROW_MULTIPLE, TILE_M, WG_ROWS, Tiles, pad_to_multiples, tile_table
+from moe.ops.grouped_matmul import Backend
+from moe.ops.grouped_matmul import _persistent as persistent
+from moe.ops.grouped_matmul._persistent import ROW_MULTIPLE, TILE_M, WG_ROWS, Tiles, pad_to_multiples, tile_table
 
 TILE_K, SLOTS = 64, 4
 WIDTH_MULTIPLE = 64  # of D and F: the width of a swizzled row in shared memory
@@ -158,3 +159,6 @@ def _accumulator(k_steps, multiply, columns: int, full, empty):
     return result
 
   return sums
+
+
+BACKEND = Backend(matmul, ROW_MULTIPLE, only_on=('hopper', 'bfloat16'))

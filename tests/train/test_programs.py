@@ -1,14 +1,21 @@
-"""No array without elements enters a shard_map: jax 0.11 compiles such a program for two devices into a segfault."""
+"""What holds in all programs of training, evaluation and generation, seen as they are traced.
+
+No array without elements enters a shard_map: jax 0.11 compiles such a program for two devices into a segfault. And
+names of arrays say how many axes they have (`suffixes.py`).
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import suffixes
 from jax.sharding import PartitionSpec as P
 from jaxprs import equations
 from test_step_mesh import CONFIG, MODEL, SMALL, change
 
+from moe.balance import rules
 from moe.config import PrecisionConfig
 from moe.inference import forward, generate, weights
 from moe.inference.sampling import Sampling
@@ -24,7 +31,10 @@ FP8 = dataclasses.replace(BFLOAT16, fp8='experts,ffn,attention,dispatch')
 
 def empty_inputs(function, *args):
   """Inputs without elements of the shard_maps in a program, closed-over constants among them; there must be one."""
-  found = [e for e in equations(jax.make_jaxpr(function)(*args).jaxpr) if e.primitive.name == 'shard_map']
+  with suffixes.watched() as mismatches:
+    program = jax.make_jaxpr(function)(*args)
+  assert not mismatches
+  found = [e for e in equations(program.jaxpr) if e.primitive.name == 'shard_map']
   assert found
   return [value.aval for equation in found for value in equation.invars if not value.aval.size]
 
@@ -36,6 +46,24 @@ def test_finds_empty_constants_and_operands():
   assert empty_inputs(shard(lambda x: x.at[:, :].add(1)), x_TD)  # its indices: what broke attention's gradient
   assert empty_inputs(shard(lambda x: jax.lax.scan(lambda y, _: (y + empty_D.sum(), 0), x, length=2)[0]), x_TD)
   assert empty_inputs(shard(lambda x: x), empty_TD)
+
+
+def test_finds_names_that_do_not_fit():
+  fits = {
+    'x_TD': (2, 3),
+    'size_e': (4,),
+    'w_eDF': (1, 2, 3),
+    'row_M1': (5, 1),
+    'x_X': (1, 2, 3, 4),
+    'biased_TGe': (1, 2, 3),
+  }
+  fits |= {'T': (3, 3), 'step_s': (2, 2), 'top_k': (1, 1)}  # no suffixes
+  assert not [name for name, shape in fits.items() if suffixes.mismatch(name, np.zeros(shape))]
+  for name, shape in {'x_TD': (2,), 'size_e': (), 'w_DCR': (2, 3), 'load_E': (2, 3)}.items():
+    assert suffixes.mismatch(name, np.zeros(shape)) == f'{name} has {len(shape)} axes'
+  with suffixes.watched() as mismatches:
+    rules.mean(jnp.zeros(3))
+  assert mismatches == {'balance/rules/__init__.py:mean: load_LE has 1 axes'}
 
 
 @pytest.mark.parametrize(

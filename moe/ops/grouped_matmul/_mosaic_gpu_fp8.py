@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe.ops.grouped_matmul import persistent
-from moe.ops.grouped_matmul.persistent import WG_ROWS, Tiles, tile_table
+from moe.ops.grouped_matmul import _persistent as persistent
+from moe.ops.grouped_matmul._persistent import WG_ROWS, Tiles, tile_table
 
 BLOCK = 128  # of K and N: one scale
 MULTIPLIERS, SLOTS = 3, 4  # with a third multiplier, the tensor cores work while the others add up

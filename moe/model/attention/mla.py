@@ -1,26 +1,16 @@
-"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1) and plain multi-head attention.
-
-Heads are sharded over `tensor`; latents are computed on every tensor shard. Both return this shard's part of the
-output: the caller sums it over `tensor`.
-"""
+"""Multi-head latent attention (arXiv 2412.19437, section 2.1.1): keys and values of all heads come from one latent."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
-from moe.model.linear import linear
-from moe.model.norm import LATENT_EPS, rms_norm
+from moe.errors import UserError
+from moe.model.attention import Attention, project
 from moe.model.parameters import Init
 from moe.model.rope import rotate, softmax_scale
 from moe.ops.attention import attend
-
-
-def project(x: jax.Array, w: jax.Array, config: Config, contracted: int = 1) -> jax.Array:
-  """The last `contracted` axes of x times the first of w, in FP8 if precision.fp8 has 'attention'."""
-  shape = x.shape[: x.ndim - contracted] + w.shape[contracted:]
-  x = x.reshape(*x.shape[: x.ndim - contracted], -1)
-  return linear(x, w.reshape(x.shape[-1], -1), 'attention', config).reshape(shape)
+from moe.ops.norm import LATENT_EPS, rms_norm
 
 
 class LatentAttention(nnx.Module):
@@ -56,8 +46,8 @@ class LatentAttention(nnx.Module):
     q_nope_BSHN = project(query, w_nope, config)
     q_rope_BSHR = rotate(project(query, w_rope, config), model)
     # Side by side as one matrix: the rotary key's product alone is too narrow for a GPU.
-    w_DCR = jnp.concatenate([self.w_kv_down_DC[...], self.w_key_rope_DR[...]], axis=1)
-    down_BSC, k_rope_BSR = jnp.split(project(x_BSD, w_DCR, config), [model.kv_lora_rank], axis=-1)
+    w_down_DW = jnp.concatenate([self.w_kv_down_DC[...], self.w_key_rope_DR[...]], axis=1)
+    down_BSC, k_rope_BSR = jnp.split(project(x_BSD, w_down_DW, config), [model.kv_lora_rank], axis=-1)
     latent_BSC = rms_norm(down_BSC, self.scale_kv_C[...], LATENT_EPS)
     k_nope_BSHN = project(latent_BSC, self.w_key_CHN[...], config)
     k_rope_BS1R = rotate(k_rope_BSR[:, :, None], model)  # one for all heads
@@ -67,24 +57,25 @@ class LatentAttention(nnx.Module):
     return project(out_BSHU, self.w_out_HUD[...], config, contracted=2)
 
 
-class MultiHeadAttention(nnx.Module):
-  """Plain multi-head attention with rotary positions over the whole head, as the loss-free paper's models use."""
+class Latent(Attention):
+  """Generation multiplies the keys' and values' up-projections into queries and outputs, and caches the latent."""
 
-  def __init__(self, config: ModelConfig, init: Init):
-    D, H, R, U = config.d_model, config.num_heads, config.qk_rope_dim, config.v_dim
-    self.config = config
-    self.w_query_DHR = init.normal(D, H, R)
-    self.w_key_DHR = init.normal(D, H, R)
-    self.w_value_DHU = init.normal(D, H, U)
-    self.w_out_HUD = init.normal(H, U, D)
+  module = LatentAttention
+  not_quantized = 'w_key_CHN', 'w_value_CHU'  # multiplied head by head, which no kernel does in FP8
 
-  def __call__(self, x_BSD: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
-    """This tensor shard's part of the output, [B, S, D]."""
-    q_BSHR = rotate(project(x_BSD, self.w_query_DHR[...], config), self.config)
-    k_BSHR = rotate(project(x_BSD, self.w_key_DHR[...], config), self.config)
-    v_BSHU = project(x_BSD, self.w_value_DHU[...], config)
-    out_BSHU = attend((q_BSHR,), (k_BSHR,), v_BSHU, segment_BS, softmax_scale(self.config))
-    return project(out_BSHU, self.w_out_HUD[...], config, contracted=2)
+  def check(self, model):
+    for name in ('kv_lora_rank', 'qk_nope_dim'):
+      if getattr(model, name) < 1:
+        raise UserError(f'config model.{name} = {getattr(model, name)} must be at least 1')
+
+  def parameters(self, model):
+    D, H, C, A = model.d_model, model.num_heads, model.kv_lora_rank, model.q_lora_rank
+    N, R, U = model.qk_nope_dim, model.qk_rope_dim, model.v_dim
+    query = A + D * A + A * H * (N + R) if A else D * H * (N + R)
+    return query + C + D * (C + R) + C * H * (N + U) + H * U * D
+
+  def cache(self, model):
+    return {'latent_W': (model.kv_lora_rank + model.qk_rope_dim,)}  # the latent, then the rotary key
 
 
-ATTENTIONS = {'mla': LatentAttention, 'mha': MultiHeadAttention}
+ATTENTION = Latent()

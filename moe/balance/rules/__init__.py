@@ -1,0 +1,119 @@
+"""Rules that move the routing bias by the loads of the last step. A rule is one object, and one file of this folder.
+
+    none            the bias stays
+    sign            by gamma towards the mean load (DeepSeek-V3's)
+    centered_sign   the same, so that the biases keep summing to 0
+    proportional    by the relative gap to the mean load
+    rms             by that gap, at the sign rule's length
+    multiplicative  as sign; the bias is a factor of the scores
+    smebu           soft-clamped, with momentum
+    quantile        to what would have balanced the batch
+
+Loads are int32 counts summed over mesh and microbatches, the same everywhere, so the new bias is the same everywhere. c
+is an expert's load, mean(c) the mean over the layer's experts, u the speed gamma.
+
+The contract of a state: a dict of arrays [L, E, ...], which checkpoints hold whole. 'bias_LE', float32, is what the
+router reads; all else is the rule's own. A run that starts from the weights of another (train.init_from) has the whole
+state if that run had the same rule; otherwise it has the bias alone, and `start` makes the rest fit it. Without load,
+or with gamma 0, `update` gives a state of `start` back as it is: a rule whose bias is a function of what it remembers
+must derive that from the bias there.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe.balance.routing import Routing
+from moe.config import BalanceConfig, Config, ModelConfig
+from moe.errors import UserError
+from moe.registry import BIAS_RULES
+
+
+class Rule:
+  """What a rule is asked. A file of this folder makes one of a subclass, as `RULE`."""
+
+  factor = False  # whether the bias multiplies the scores, and starts at 1, or is added and starts at 0
+
+  def check(self, config: Config) -> None:
+    """Raises UserError for a config that the rule cannot have. Called before anything is traced."""
+
+  def start(self, bias_LE: jax.Array) -> dict[str, jax.Array]:
+    """The state that goes on from a float32 bias: {'bias_LE': ..., and what else the rule remembers, [L, E] each}."""
+    return {'bias_LE': bias_LE}
+
+  def statistic(self, routing: Routing, bias_E: jax.Array, mask_T: jax.Array, model: ModelConfig) -> jax.Array:
+    """What the rule counts of a shard's unmasked tokens besides loads, int32 [E, ...], to be added up over the batch.
+
+    Integers, as float32 sums depend on the mesh.
+    """
+    del routing, bias_E, mask_T
+    return jnp.zeros((model.num_experts, 0), jnp.int32)
+
+  def update(
+    self, state: dict, load_LE: jax.Array, statistic: jax.Array, gamma: jax.Array, balance: BalanceConfig
+  ) -> dict[str, jax.Array]:
+    """The state after one optimizer step; arguments as of `update` of this folder."""
+    raise NotImplementedError
+
+
+class Direction(Rule):
+  """A rule that remembers and counts nothing more: bias + gamma * direction of the loads."""
+
+  def direction(self, load_LE: jax.Array) -> jax.Array:
+    """float32 [L, E]."""
+    raise NotImplementedError
+
+  def update(self, state, load_LE, statistic, gamma, balance):
+    return {'bias_LE': state['bias_LE'] + gamma * self.direction(load_LE)}
+
+
+def mean(load_LE: jax.Array) -> jax.Array:
+  """float32 [L, 1] mean loads."""
+  return load_LE.sum(-1, keepdims=True).astype(jnp.float32) / load_LE.shape[-1]
+
+
+def gap(load_LE: jax.Array) -> jax.Array:
+  """mean(c) - c. The mean's whole part is subtracted in int32: float32 would lose the sign of gaps in large counts."""
+  E = load_LE.shape[-1]
+  whole_L1, rest_L1 = jnp.divmod(load_LE.sum(-1, keepdims=True), E)
+  return (whole_L1 - load_LE).astype(jnp.float32) + rest_L1.astype(jnp.float32) / E
+
+
+def centered(x_LE: jax.Array) -> jax.Array:
+  """With the mean over experts taken off."""
+  return x_LE - x_LE.mean(-1, keepdims=True)
+
+
+def init(balance: BalanceConfig, num_routers: int, num_experts: int) -> dict[str, jax.Array]:
+  """State of the configured rule with a bias that changes no decision: 0, or 1 where it is a factor."""
+  neutral = 1.0 if BIAS_RULES[balance.bias_rule].factor else 0.0
+  return start(balance, jnp.full((num_routers, num_experts), neutral, jnp.float32))
+
+
+def start(balance: BalanceConfig, bias_LE: jax.Array) -> dict[str, jax.Array]:
+  """State of the configured rule that goes on from `bias_LE`, float32, which may be another rule's."""
+  return BIAS_RULES[balance.bias_rule].start(bias_LE)
+
+
+def check_start(rule: str, theirs: str) -> None:
+  """Raises UserError if `rule` cannot go on from a bias of the rule `theirs`, as one of the two is a factor."""
+  if BIAS_RULES[rule].factor != BIAS_RULES[theirs].factor:
+    what = {True: 'is a factor', False: 'is added'}
+    raise UserError(
+      f'config balance.bias_rule = {rule!r} cannot start from a run with {theirs!r}: the bias of {rule!r} '
+      f'{what[BIAS_RULES[rule].factor]}, that of {theirs!r} {what[BIAS_RULES[theirs].factor]}'
+    )
+
+
+def update(
+  state: dict, load_LE: jax.Array, statistic: jax.Array, gamma: jax.Array, balance: BalanceConfig
+) -> dict[str, jax.Array]:
+  """The state after one optimizer step.
+
+  Args:
+    state: as made by `init` or `start`.
+    load_LE: int32 assignments per router and expert over the whole batch.
+    statistic: the rule's own, summed over the batch: [L, E, ...].
+    gamma: float32 speed of this step, at most balance.gamma; 0 leaves the bias as it is under every rule.
+    balance: bias_rule and its constants.
+  """
+  return BIAS_RULES[balance.bias_rule].update(state, load_LE, statistic, gamma, balance)
