@@ -7,6 +7,7 @@ import json
 
 from moe.errors import UserError
 from moe.files.paths import local_path
+from moe.report import packed
 from moe.report.html import write_report
 from moe.report.sweep import write_sweep_report
 from moe.sweep import manifest
@@ -16,4 +17,5 @@ def main(argv):
   if len(argv) < 2:
     raise UserError('no run directory given; usage: moe report RUN_DIR [RUN_DIR...]')
   for path in [local_path(arg, 'run directory') for arg in argv[1:]]:
-    print(write_sweep_report(path) if (path / manifest.FILE).exists() else json.dumps(write_report(path), indent=2))
+    is_sweep = any((path / name).exists() for name in (manifest.FILE, packed.FILE))
+    print(write_sweep_report(path) if is_sweep else json.dumps(write_report(path), indent=2))

@@ -1,23 +1,23 @@
-"""Copies the results of a sweep, or adds them to such a copy, small enough to be committed: some rows of the logs.
+"""Packs the results of a sweep, or adds them to what was packed, small enough to be committed: some rows of the logs.
 
 moe thin runs/balance experiments/results/balance
 
-Takes what reports need of every finished run: config.json, data.json, evals.jsonl, summary.json, and of metrics.jsonl
-and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What reports average over
-the last rows then differs slightly. The copy is a results folder like any: moe report makes its report,
-moe ablate adds runs.
+Takes what the report needs of every finished run into one file, OUT/sweep.npz: config.json, data.json, evals.jsonl, and
+of metrics.jsonl and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What
+reports average over the last rows then differs slightly. moe report OUT reports it as it does the sweep; python has it
+by np.load (moe/report/packed.py says what is in it). moe ablate does not go on with it.
 """
 
-import json
+import dataclasses
+import os
 import pathlib
 
 from absl import flags
 
-from moe.balance import load_history
 from moe.errors import UserError
-from moe.files import write_atomically, write_json
 from moe.files.paths import local_path
-from moe.report.run import load_run, summarize
+from moe.report import packed
+from moe.report.run import Run, load_run
 from moe.sweep import jobs, manifest
 
 EVERY = flags.DEFINE_integer('every', 10, 'Steps between rows of metrics.jsonl.', lower_bound=1)
@@ -30,35 +30,45 @@ def main(argv):
   source, out = (local_path(arg, name) for arg, name in zip(argv[1:], ('SWEEP', 'OUT'), strict=True))
   if source.resolve() == out.resolve():
     raise UserError(f'{out} is the sweep itself; choose another folder for the copy')
+  sweep, runs = _finished(source)
+  thinned = {name: _thinned(run) for name, run in runs.items()}
+  before, there = _packed_before(out)
+  packed.write(out, manifest.merge(out, before, sweep) if before else sweep, there | thinned)
+  print(f'{out / packed.FILE}: {len(runs)} runs packed, {(out / packed.FILE).stat().st_size / 1e6:.1f} MB in all')
+
+
+def _finished(source: pathlib.Path) -> tuple[manifest.Sweep, dict[str, Run]]:
+  """A sweep and its finished runs, by folder."""
+  if os.path.lexists(source / packed.FILE):
+    return packed.read(source)
   sweep = manifest.read(source)
-  finished = [run.folder for run in sweep.runs if jobs.is_finished(source / run.folder)]
-  if not finished:
+  runs = {run.folder: load_run(source / run.folder) for run in sweep.runs if jobs.is_finished(source / run.folder)}
+  if not runs:
     raise UserError(f'{source} has no finished run')
-  manifest.open_folder(out, sweep)  # refuses results of another sweep, and other settings
-  for folder in finished:
-    _copy(source / folder, out / folder)
-  size = sum(file.stat().st_size for file in out.rglob('*') if file.is_file())
-  print(f'{out}: {len(finished)} runs copied, {size / 1e6:.1f} MB in all')
+  return sweep, runs
 
 
-def _copy(source: pathlib.Path, out: pathlib.Path):
-  run = load_run(source)
+def _packed_before(out: pathlib.Path) -> tuple[manifest.Sweep | None, dict[str, Run]]:
+  """What is in OUT already."""
+  if os.path.lexists(out / packed.FILE):
+    return packed.read(out)
+  if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    raise UserError(f'{out} is there already and has no {packed.FILE}; choose another folder for the copy')
+  return None, {}
+
+
+def _thinned(run: Run) -> Run:
+  """The run as it is to be packed: without what tells of the machine, and with some of its rows."""
   public = lambda fields: {key: value for key, value in fields.items() if key != 'command'}  # it has a machine's paths
   info = public(run.info) | {'starts': [public(start) for start in run.starts]}
-  write_json(out / 'config.json', info, indent=1)
-  for name in ('data.json', 'evals.jsonl'):
-    try:
-      write_atomically(out / name, (source / name).read_text('utf-8'))
-    except OSError as error:
-      raise UserError(f'cannot read {source / name}: {error.strerror}') from error
-  logs = ('metrics.jsonl', run.rows, EVERY.value), ('load_history.jsonl', run.load_history, LOADS_EVERY.value)
-  for name, rows, every in logs:
-    kept = [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
-    write_atomically(out / name, ''.join(json.dumps(_short(row), separators=(',', ':')) + '\n' for row in kept))
-  write_json(out / 'summary.json', summarize(run), indent=1)  # last: it says that all is here
+  rows = [{key: _short(value) for key, value in row.items()} for row in _some(run.rows, EVERY.value)]
+  history = _some(run.load_history, LOADS_EVERY.value)
+  return dataclasses.replace(run, info=info, rows=rows, load_history=history)
 
 
-def _short(row: dict) -> dict:
-  """The row for JSON: floats to six digits, loads encoded."""
-  short = lambda value: float(f'{value:.6g}') if isinstance(value, float) else value
-  return {key: load_history.encode(value) if key == 'load_LE' else short(value) for key, value in row.items()}
+def _some(rows, every):
+  return [row for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row['step'] % every == 0]
+
+
+def _short(value):
+  return float(f'{value:.6g}') if isinstance(value, float) else value

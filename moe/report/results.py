@@ -1,13 +1,14 @@
 """What has been run of a sweep: runs and their values, spreads over seeds, differences, and whether it was fair."""
 
 import dataclasses
+import os
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
 from moe.errors import UserError
-from moe.report import imbalance
+from moe.report import imbalance, packed
 from moe.report.paired import Adjusted, Difference, adjusted, difference, holm
 from moe.report.run import Run, load_run, summarize
 from moe.sweep import jobs, manifest
@@ -117,27 +118,26 @@ class Results:
 
 
 def load_results(path: pathlib.Path) -> Results:
-  """Reads a results folder, also of a sweep that is still going.
+  """Reads a results folder: of a sweep, also one that is still going, or what `moe thin` made of it.
 
   Raises:
     UserError: no results folder of a sweep of this version, or none of its runs has logged anything yet.
   """
-  sweep = manifest.read(path)
+  if os.path.lexists(path / packed.FILE):
+    sweep, runs = packed.read(path)
+  else:
+    sweep = manifest.read(path)
+    runs = {planned.folder: _run_or_why_not(path / planned.folder) for planned in sweep.runs}
   members, missing = [], []
   devices = imbalance.device_counts(sweep.base.model.num_experts)
   for planned in sweep.runs:
-    folder = path / planned.folder
-    if not jobs.steps_done(folder):
-      missing.append((planned.folder, jobs.last_words(folder) or 'not started'))
-      continue
-    try:
-      run = load_run(folder)
-    except UserError as error:
-      missing.append((planned.folder, f'cannot be read: {error}'))
+    run = runs.get(planned.folder, 'not started')
+    if isinstance(run, str):
+      missing.append((planned.folder, run))
       continue
     summary = summarize(run)
     if not summary['finished']:
-      words = jobs.last_words(folder)
+      words = jobs.last_words(run.path)
       reached = f'step {summary["steps"]} of {planned.config.train.steps}'
       missing.append((planned.folder, f'{reached}; {words}' if words.startswith('error: ') else reached))
     values = {key: summary[key] for key, _, _ in METRICS}
@@ -149,6 +149,16 @@ def load_results(path: pathlib.Path) -> Results:
     damaged = ''.join(f'; {name} {why}' for name, why in missing if why.startswith('cannot be read'))
     raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step{damaged}')
   return Results(path, sweep, members, missing, devices)
+
+
+def _run_or_why_not(folder: pathlib.Path) -> Run | str:
+  """A run that has logged something, or why there is none to report."""
+  if not jobs.steps_done(folder):
+    return jobs.last_words(folder) or 'not started'
+  try:
+    return load_run(folder)
+  except UserError as error:
+    return f'cannot be read: {error}'
 
 
 def metric_names(results: Results) -> list[tuple[str, str, bool | None]]:
@@ -169,9 +179,9 @@ def unfair(results: Results) -> list[str]:
     ('training tokens', lambda m: m.run.rows[-1].get('tokens')),
     ('validation tokens', lambda m: m.run.evals[-1].get('val_tokens')),
   ):
-    values = {value_of(member) for member in done}
+    values = {str(value_of(member)) for member in done}  # text: from a file, it may be anything
     if len(values) > 1 and (what != 'training tokens' or not _equal_by_seed(done, value_of)):
-      problems.append(f'not all runs had the same {what}: {", ".join(sorted(map(str, values)))}')
+      problems.append(f'not all runs had the same {what}: {", ".join(sorted(values))}')
   for seed in results.sweep.seeds:
     first = {m.variant: m.run.rows[0]['loss'] for m in results.members if m.seed == seed and _balance_only(results, m)}
     if first and max(first.values()) - min(first.values()) > SAME_LOSS * max(first.values()):
@@ -184,7 +194,7 @@ def _equal_by_seed(members, value_of):
   """Documents end in other places with another seed, so that slightly other numbers of tokens are predicted."""
   by_seed = {}
   for member in members:
-    by_seed.setdefault(member.seed, set()).add(value_of(member))
+    by_seed.setdefault(member.seed, set()).add(str(value_of(member)))
   return all(len(values) == 1 for values in by_seed.values())
 
 

@@ -218,5 +218,5 @@ def verdict_on_fairness(results: Results) -> str:
 def _settings(results):
   infos = [member.run.info for member in results.members]
   devices = sorted({str(info.get('device')) for info in infos})
-  versions = sorted({str((info.get('versions') or {}).get('jax')) for info in infos})
-  return {'devices': devices, 'jax': versions, **infos[0]['config']}
+  versions = [info['versions'] if isinstance(info.get('versions'), dict) else {} for info in infos]
+  return {'devices': devices, 'jax': sorted({str(found.get('jax')) for found in versions}), **infos[0]['config']}

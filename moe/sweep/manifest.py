@@ -5,6 +5,7 @@ import fcntl
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import moe
 from moe.config import Config, from_config_dict
@@ -92,7 +93,7 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
   with lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # two commands that add to the folder take turns
     if (folder / FILE).exists():
-      sweep = _merge(folder, read(folder), sweep)
+      sweep = merge(folder, read(folder), sweep)
     else:
       sweep_temporaries(folder)  # of a command that was killed while it wrote the first sweep.json
       if any(file.name != LOCK for file in folder.iterdir()):
@@ -102,7 +103,12 @@ def open_folder(folder: pathlib.Path, sweep: Sweep) -> Sweep:
 
 
 def _write(folder: pathlib.Path, sweep: Sweep):
-  description = {
+  write_json(folder / FILE, describe(sweep))
+
+
+def describe(sweep: Sweep) -> dict[str, Any]:
+  """The sweep as sweep.json has it; `parse` reads it."""
+  return {
     'version': moe.__version__,
     'sweep': sweep.name,
     'scale': sweep.scale,
@@ -110,7 +116,6 @@ def _write(folder: pathlib.Path, sweep: Sweep):
     'variants': {variant.name: variant.overrides for variant in sweep.variants},
     'base': dataclasses.asdict(sweep.base),
   }
-  write_json(folder / FILE, description)
 
 
 def read(folder: pathlib.Path) -> Sweep:
@@ -120,11 +125,21 @@ def read(folder: pathlib.Path) -> Sweep:
     raise UserError(f'{folder} is no results folder of a sweep: there is no {FILE} in it')
   try:
     found = read_json(file)
+  except UserError as error:
+    raise UserError(f'{file} is damaged or not of a sweep: {error}; choose another --workdir') from error
+  return parse(found, file)
+
+
+def parse(found: dict[str, Any], file: pathlib.Path) -> Sweep:
+  """The sweep that a file describes. Raises UserError: no sweep, or of another version."""
+  try:
     version = found['version']
-  except (UserError, KeyError) as error:
+  except KeyError as error:
     raise UserError(f'{file} is damaged or not of a sweep: {error}; choose another --workdir') from error
   if version != moe.__version__:
-    raise UserError(f'{folder} was swept by version {version}, this is {moe.__version__}; choose another --workdir')
+    raise UserError(
+      f'{file.parent} was swept by version {version}, this is {moe.__version__}; choose another --workdir'
+    )
   try:
     base = from_config_dict(found['base'])
     variants = [Variant(name, overrides) for name, overrides in found['variants'].items()]
@@ -133,7 +148,12 @@ def read(folder: pathlib.Path) -> Sweep:
     raise UserError(f'{file} is damaged: {error!r}; choose another --workdir') from error
 
 
-def _merge(folder: pathlib.Path, old: Sweep, new: Sweep) -> Sweep:
+def merge(folder: pathlib.Path, old: Sweep, new: Sweep) -> Sweep:
+  """What `folder` has of a sweep, and behind it the variants and seeds that `new` adds.
+
+  Raises:
+    UserError: another sweep, or other settings.
+  """
   if (old.name, old.scale) != (new.name, new.scale):
     raise UserError(
       f'{folder} holds the sweep {old.name!r} at scale {old.scale!r}, not {new.name!r} at {new.scale!r}; '

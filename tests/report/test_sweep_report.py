@@ -6,8 +6,6 @@ import math
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import fake_sweep
 import numpy as np
@@ -16,16 +14,12 @@ from scipy import stats
 
 from moe.balance import metrics
 from moe.errors import UserError
-from moe.files import read_json
 from moe.report import imbalance, sweep_figures, sweep_html
 from moe.report.document import image
 from moe.report.results import Spread, load_results, unfair
 from moe.report.run import load_run
 from moe.report.sweep import write_sweep_report
-from moe.sweep import jobs, manifest
-from moe.sweep.variants import named
-
-THIN = str(pathlib.Path(__file__).parents[2] / 'experiments/thin.py')
+from moe.sweep import manifest
 
 
 @pytest.fixture(scope='module')
@@ -334,64 +328,3 @@ def test_balance_measures_are_those_of_the_module(whole):
   load_LE = np.array(last_eval(whole, 'none', 0)['load_LE'])
   assert member.values['max_vio_global'] == pytest.approx(metrics.max_vio(load_LE).mean())
   assert member.values['cv_global'] == pytest.approx((load_LE.std(1) / load_LE.mean(1)).mean())
-
-
-def thin(*arguments):
-  return subprocess.run([sys.executable, THIN, *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
-def test_thinned_results_have_the_same_table(whole, tmp_path):
-  done = thin(whole, tmp_path / 'small', '--every=10', '--loads_every=20')
-  assert done.returncode == 0, done.stderr
-  before, after = load_results(whole), load_results(tmp_path / 'small')
-  for variant in before.variants:
-    for key in ('val_loss', 'max_vio_global', 'load_entropy_global'):
-      assert after.spread(variant, key) == before.spread(variant, key)
-  assert unfair(after) == []
-  run = after.members[0].run
-  assert [row['step'] for row in run.rows] == [1, 10, 20, 30, 40]
-  assert [row['step'] for row in run.load_history] == [1, 20, 40]
-  assert run.rows[1]['loss'] == pytest.approx(before.members[0].run.rows[9]['loss'], rel=1e-5)
-  assert 'command' not in run.info
-  assert all(jobs.is_finished(member.run.path) for member in after.members), 'or a sweep would train them again'
-  assert thin(tmp_path / 'small', tmp_path / 'smaller', '--every=20', '--loads_every=40').returncode == 0
-  assert load_results(tmp_path / 'smaller').spread('sign', 'val_loss') == before.spread('sign', 'val_loss')
-
-
-def test_thin_leaves_the_sweep_itself_alone(sweep):
-  before = {path: path.read_bytes() for path in sweep.rglob('*') if path.is_file()}
-  done = thin(sweep, sweep / '..' / sweep.name)
-  assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-  assert 'is the sweep itself' in done.stderr
-  assert {path: path.read_bytes() for path in sweep.rglob('*') if path.is_file()} == before
-
-
-def test_thinned_results_gain_runs_of_the_same_sweep_only(tmp_path):
-  fake_sweep.make(tmp_path / 'first', seeds=(0,))
-  fake_sweep.make(tmp_path / 'second', seeds=(1,))
-  for name in ('first', 'second'):
-    assert thin(tmp_path / name, tmp_path / 'small').returncode == 0
-  assert len(load_results(tmp_path / 'small').members) == 2 * len(fake_sweep.VARIANTS)
-  description = read_json(tmp_path / 'second' / manifest.FILE)
-  description['base']['train']['batch_size'] = 16
-  (tmp_path / 'second' / manifest.FILE).write_text(json.dumps(description))
-  done = thin(tmp_path / 'second', tmp_path / 'small')
-  assert done.returncode == 2
-  assert 'train.batch_size = 8, not 16' in done.stderr
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'said'),
-  [(['a'], 'usage:'), (['empty', 'out'], 'is no results folder'), (['whole', 'out'], 'no finished run')],
-)
-def test_thin_refuses_in_one_line(tmp_path, monkeypatch, arguments, said):
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / 'empty').mkdir()
-  manifest.open_folder(
-    tmp_path / 'whole', manifest.make('fake', 'small', fake_sweep.config(), named({'sign': {}}), (0,))
-  )
-  done = thin(*arguments)
-  assert done.returncode == 2
-  assert done.stderr.startswith('error: ')
-  assert said in done.stderr
-  assert not (tmp_path / 'out').exists()
