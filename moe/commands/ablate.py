@@ -1,6 +1,7 @@
 """Runs a sweep of configs/sweeps/declared.py, or goes on with it, and writes its report.
 
 moe ablate --sweep=balance --scale=tiny --workdir=runs/balance --seeds=0,1,2
+moe ablate --grid=optimizer.learning_rate=1e-3,3e-3 --grid=balance.bias_rule=sign,quantile --workdir=runs/grid
 
 Finished runs are skipped and interrupted ones resumed, so the same command continues after SIGTERM, a crash or kill -9.
 A run that fails is listed at the end and stops no other; the exit status is then 1. The workdir gets sweep.json, a
@@ -18,7 +19,12 @@ from moe.files.paths import CONFIGS, local_path
 from moe.report.sweep import write_sweep_report
 from moe.sweep import backends, declared, jobs, manifest
 
-SWEEP = flags.DEFINE_string('sweep', 'balance', 'Name of a sweep in the file of definitions.')
+SWEEP = flags.DEFINE_string('sweep', None, 'Name of a sweep in the file of definitions; without --grid: balance.')
+GRID = flags.DEFINE_multi_string(
+  'grid',
+  [],
+  'key=value,value: a run with each value; repeatable: with each combination, and of each variant of --sweep.',
+)
 SCALE = flags.DEFINE_string('scale', 'tiny', 'Name of a scale there: the config that every variant starts from.')
 DEFINED = CONFIGS / 'sweeps/declared.py'
 DEFINITIONS = flags.DEFINE_string('definitions', str(DEFINED), 'The file of definitions.')
@@ -48,7 +54,7 @@ def main(argv):
 
 def run_sweep(workdir: pathlib.Path) -> list[jobs.Result]:
   """Declares, checks and runs the sweep that the flags name. Raises UserError before anything is run."""
-  sweep = declared.load(DEFINITIONS.value, SWEEP.value, SCALE.value, SET.value, SEEDS.value)
+  sweep = declared.load(DEFINITIONS.value, SWEEP.value, SCALE.value, SET.value, SEEDS.value, GRID.value)
   wanted = declared.select(sweep, ONLY.value)
   if not all(0 <= flag.value <= MOST_AT_A_TIME for flag in (JOBS, GPUS, CPUS)):
     raise UserError(f'--jobs, --gpus_per_run and --cpus_per_run must be 0 to {MOST_AT_A_TIME}')

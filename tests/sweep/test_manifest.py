@@ -171,8 +171,8 @@ def test_sweeps_that_cannot_run(arguments, message):
 # ------------------------------------------------------------------------------------------------------ declarations
 
 
-def load(name='balance', scale='smoke', settings=(), seeds=('0',), definitions=DEFINITIONS):
-  return declared.load(definitions, name, scale, settings, seeds)
+def load(name='balance', scale='smoke', settings=(), seeds=('0',), definitions=DEFINITIONS, grid=()):
+  return declared.load(definitions, name, scale, settings, seeds, grid)
 
 
 @pytest.mark.parametrize('scale', ['tiny', 'h200', 'smoke'])
