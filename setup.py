@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HOME = pathlib.Path(__file__).parent
-TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel']
+TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel', 'pyyaml']
 
 
 class BuildWithConfigs(build_py):
