@@ -11,12 +11,13 @@ CONSTRAINTS := $(wildcard $(KNOWN))
 PIP_INSTALL = install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 INSTALLED := $(VENV)/installed-$(VERSION)
 TORCH_INSTALLED := .venv-torch/installed-$(VERSION)
+DOCS_INSTALLED := .venv-docs/installed-$(VERSION)
 # What depends on jax, numpy and Python most; not what starts many processes, draws pages or lowers V3.
 FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/train/test_checkpoint.py tests/train/test_empty_arrays.py \
   tests/train/test_step.py
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
 
-.PHONY: demo test test-fast test-live lint constraints versions clean
+.PHONY: demo test test-fast test-live lint docs constraints versions clean
 
 demo: versions  ## train the tiny model on Python's standard library and write runs/tiny/report.html
 	$(VENV)/bin/python experiments/train.py --config=configs/tiny.py --workdir=runs/tiny
@@ -34,6 +35,9 @@ test-live: $(TORCH_INSTALLED)  ## our checkpoints in transformers, and theirs he
 lint: $(INSTALLED)  ## what CI checks of the source text
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(DOCS_INSTALLED)  ## the pages and the reference as a site in build/site; a warning is an error
+	.venv-docs/bin/mkdocs build --strict
 
 constraints:  ## the newest versions that pip serves for PYTHON, into VENV and constraints/; see that `make test` passes
 	$(call new_venv,$(VENV))
@@ -55,6 +59,11 @@ $(TORCH_INSTALLED): setup.py $(CONSTRAINTS)
 	$(call new_venv,.venv-torch)
 	.venv-torch/bin/pip $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 transformers==5.24.0
 	.venv-torch/bin/pip $(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+$(DOCS_INSTALLED): docs/requirements.txt
+	$(call new_venv,.venv-docs)
+	.venv-docs/bin/pip install --quiet --requirement docs/requirements.txt  # without the package: it is read, not imported
 	touch $@
 
 define new_venv

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HOME = pathlib.Path(__file__).parent
+DOCS = (HOME / 'docs/requirements.txt').read_text('utf-8').split()
 TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel', 'pyyaml']
 
 
@@ -58,6 +59,7 @@ setup(
     'chat': ['jinja2>=3.1.6'],  # generate.py --chat; older ones have holes in their sandbox
     'ray': ['ray>=2.40'],  # sweeps over a cluster
     'notebooks': ['jupyterlab', 'ipykernel'],
+    'docs': DOCS,
     'test': TEST,
   },
 )

@@ -1,5 +1,6 @@
 """The documentation names what there is: links, files, scripts."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -19,6 +20,16 @@ def test_links_and_files(page):
     named = re.findall(rf'(?<![\w./-])({FOLDERS}/[\w./]*\.(?:py|txt|md|json|csv|png|ipynb))', text)
     missing += [name for name in named if 'NAME' not in name and not (ROOT / name).exists()]
   assert not missing
+
+
+def test_the_reference_is_of_what_there_is():
+  """mkdocs says so, too, but is not installed where the tests run."""
+  pages = [page.read_text() for page in ROOT.glob('docs/reference/*.md')]
+  names = re.findall(r'^::: ([\w.]+)$', '\n'.join(pages), re.MULTILINE)
+  assert len(names) > 20
+  for name in names:
+    module, _, last = name.rpartition('.')
+    assert hasattr(importlib.import_module(module), last) or importlib.util.find_spec(name), name
 
 
 def test_readme_is_short():
