@@ -23,7 +23,7 @@ pays (`wgrad_pays`): it wants x and dy quantised once more, along tokens, and wi
 from what was kept, so it is rounded twice; with scales that are powers of two the second rounding only meets values
 that become subnormal, and dw of Gaussian operands is 3.8% off instead of 4.5%. Elsewhere Wgrad multiplies the kept x,
 dequantised, by dy in the compute dtype. Rows on their way to experts of other shards are FP8, too, with scales that are
-powers of two (`model/dispatch/wire.py`). Router, norms, embedding, head, the core of attention, masters and moments
+powers of two (`model/dispatch/_wire.py`). Router, norms, embedding, head, the core of attention, masters and moments
 never are FP8.
 
 On Hopper GPUs the products are the kernels of `grouped_matmul/_mosaic_gpu_fp8.py`. Elsewhere the same numbers are
