@@ -22,6 +22,7 @@ __version__ = '0.1.0'
 
 # The front door for other programs, loaded when it is used: name -> module.
 _PUBLIC = {'MoE': 'moe.model.standalone', 'NNXMoE': 'moe.model.modules', 'LinenMoE': 'moe.model.modules'}
+_PUBLIC |= {'open': 'moe.inference.opened'}
 __all__ = [*_PUBLIC, '__version__']
 
 

@@ -67,6 +67,12 @@ class ModelConfig:
     return self.num_moe_layers + self.mtp_depth
 
   @property
+  def router_names(self) -> list[str]:
+    """Names of those rows: 'layer i' in the model's numbering from 0 (dense layers count), then 'MTP i'."""
+    layers = range(self.num_dense_layers, self.num_layers)
+    return [f'layer {i}' for i in layers] + [f'MTP {i}' for i in range(self.mtp_depth)]
+
+  @property
   def padded_vocab(self) -> int:
     return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 

@@ -11,6 +11,16 @@ from moe.config import Config
 from moe.registry import BIAS_RULES
 
 
+class Chosen(NamedTuple):
+  """What a router gave each token of this shard, [B, S, K]: int32 experts, best first, and float32 gate weights.
+
+  A token that was not routed, such as padding, has expert -1 and weight 0.
+  """
+
+  expert_BSK: jax.Array
+  weight_BSK: jax.Array
+
+
 class RouterStats(NamedTuple):
   """Sums over this shard's unmasked tokens. Stacked over layers, each field has L in front.
 
@@ -19,6 +29,7 @@ class RouterStats(NamedTuple):
   times its T_s tokens (differentiable; 0 unless used). z_sum: logsumexp(logits)^2 (differentiable).
   entropy_sum: entropy of the normalised scores / ln E.
   statistic: int32 [E, ...], what the bias rule wants to know besides; [E, 0] for most.
+  chosen: no sum, but what each token was given, where `Resolved.each_token` asks for it; else ().
   """
 
   load_E: jax.Array
@@ -28,6 +39,7 @@ class RouterStats(NamedTuple):
   z_sum: jax.Array
   entropy_sum: jax.Array
   statistic: jax.Array
+  chosen: Chosen | tuple = ()
 
 
 def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config: Config) -> RouterStats:
@@ -50,6 +62,12 @@ def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config
     entropy_sum=entropy,
     statistic=BIAS_RULES[balance.bias_rule].statistic(routing, bias_E, mask_T, model),
   )
+
+
+def chosen(routing: Routing, mask_BS: jax.Array) -> Chosen:
+  """What each token was given; with nothing dropped, `load_E` counts the same."""
+  in_rows = lambda a_TK, other: jnp.where(mask_BS[..., None], a_TK.reshape(*mask_BS.shape, -1), other)
+  return Chosen(in_rows(routing.expert_TK, -1), in_rows(routing.weight_TK, 0))
 
 
 def _sequence_sum(routing: Routing, probs_TE, mask_BS, config: Config):

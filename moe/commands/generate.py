@@ -14,13 +14,13 @@ import sys
 
 from absl import flags
 
+from moe.data.text import TextStream
 from moe.data.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.inference import chat, generate, quantize, weights
 from moe.inference import flags as model_flags
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
-from moe.inference.text import TextStream
 from moe.parallel.mesh import platform_of
 
 flags.adopt_module_key_flags(model_flags)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe.balance.stats import RouterStats, router_stats
+from moe.balance.stats import RouterStats, chosen, router_stats
 from moe.config import Config, ModelConfig
 from moe.model.ffn import Experts, FeedForward
 from moe.model.parameters import Init
@@ -58,7 +58,10 @@ class MoE(nnx.Module):
     y_TD = DISPATCHERS[config.dispatch](x_TD, routing, experts, config)
     if config.model.num_shared_experts:
       y_TD = y_TD + self.shared(h_TD, config)
-    return y_TD.reshape(h_BSD.shape), router_stats(routing, bias_E, mask_BS, config)
+    stats = router_stats(routing, bias_E, mask_BS, config)
+    if config.each_token:
+      stats = stats._replace(chosen=chosen(routing, mask_BS))
+    return y_TD.reshape(h_BSD.shape), stats
 
 
 class MoELayer(MoE):

@@ -21,7 +21,7 @@ from moe.config import BalanceConfig, Config, ModelConfig
 from moe.model.layer import DenseLayer, MoELayer
 from moe.model.parameters import Init, RouterBias
 from moe.ops import attention, grouped_matmul
-from moe.ops.cross_entropy import cross_entropy
+from moe.ops.cross_entropy import cross_entropy, cross_entropy_of_each
 from moe.ops.norm import rms_norm
 from moe.parallel.resolved import Resolved
 
@@ -149,9 +149,20 @@ def mtp_input(w: Callable[[str], jax.Array], normed_BSD: jax.Array, embedded_BSD
 
 def nats(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):
   """Sum over positions of weight * cross-entropy of the head's prediction, float32."""
+  return cross_entropy(*_predictions(model, h_BSD, scale_D, target_BS, weight_BS))
+
+
+def nats_of_each(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):
+  """What `nats` returns, and the cross-entropy of each position, float32 [B, S]; for evaluation."""
+  total, nats_T = cross_entropy_of_each(*_predictions(model, h_BSD, scale_D, target_BS, weight_BS))
+  return total, nats_T.reshape(target_BS.shape)
+
+
+def _predictions(model, h_BSD, scale_D, target_BS, weight_BS):
+  """The arguments of `cross_entropy`."""
   normed = jax.checkpoint(lambda h_BSD: rms_norm(h_BSD, scale_D, model.config.norm_eps))
   h_TD = normed(h_BSD).reshape(-1, h_BSD.shape[-1])
-  return cross_entropy(h_TD, _head_weights(model), target_BS.ravel(), weight_BS.ravel(), model.config.vocab_size)
+  return h_TD, _head_weights(model), target_BS.ravel(), weight_BS.ravel(), model.config.vocab_size
 
 
 def _head_weights(model):

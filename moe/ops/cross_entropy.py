@@ -30,6 +30,15 @@ def cross_entropy(h_TD: jax.Array, w_DV: jax.Array, target_T, weight_T, vocab_si
   return _cross_entropy(*align(h_TD, vary(w_DV, ('tensor',)), target_T, weight_T), vocab_size)
 
 
+def cross_entropy_of_each(h_TD: jax.Array, w_DV: jax.Array, target_T, weight_T, vocab_size: int):
+  """What `cross_entropy` returns, the same number bit for bit, and -log softmax(h w)[target] of each token, float32
+  [T]. Has no gradient of its own making: for evaluation."""
+  weight_T = weight_T.astype(jnp.float32)
+  operands = align(h_TD, vary(w_DV, ('tensor',)), target_T, weight_T)
+  nats, nats_T, _ = _over_chunks(*operands, vocab_size, gradients=False)
+  return nats, nats_T
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(h_TD, w_DV, target_T, weight_T, vocab_size):
   return _over_chunks(h_TD, w_DV, target_T, weight_T, vocab_size, gradients=False)[0]
@@ -49,7 +58,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _over_chunks(h_TD, w_DV, target_T, weight_T, vocab_size: int, gradients: bool):
-  """(summed nats, and their gradients of h and w, or None)."""
+  """(summed nats, and their gradients of h and w); without gradients (summed nats, nats [T], None)."""
   (T, D), V = h_TD.shape, w_DV.shape[1]
   chunk = min(T, max(128, CHUNK_LOGITS // V // 128 * 128))
   more = -T % chunk
@@ -64,15 +73,17 @@ def _over_chunks(h_TD, w_DV, target_T, weight_T, vocab_size: int, gradients: boo
     nats, dw = carry
     nats = nats + (nats_C * weight_C).sum()
     if not gradients:
-      return (nats, dw), None
+      return (nats, dw), nats_C
     dlogits_CV = (dlogits_CV * weight_C[:, None]).astype(h_CD.dtype)
     dw = dw + jnp.einsum('cd,cv->dv', h_CD, dlogits_CV, preferred_element_type=jnp.float32)
     return (nats, dw), dlogits_CV @ w_DV.T
 
-  (nats, dw), dh_NCD = lax.scan(step, start, chunks)
+  (nats, dw), of_each = lax.scan(step, start, chunks)
   # Each shard has summed the same nats; the mean over `tensor` says so to the type system.
   nats = lax.pmean(nats, 'tensor')
-  return (nats, dh_NCD.reshape(-1, D)[:T], dw.astype(w_DV.dtype)) if gradients else (nats, None, None)
+  if not gradients:
+    return nats, lax.pmean(of_each.reshape(-1)[:T], 'tensor'), None
+  return nats, of_each.reshape(-1, D)[:T], dw.astype(w_DV.dtype)
 
 
 def _chunk(h_CD, w_DV, target_C, vocab_size: int):

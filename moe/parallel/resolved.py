@@ -27,12 +27,13 @@ class Resolved(Config):
   """A `Config` whose dispatch and grouped_matmul are names of backends (made by `moe.model.resolve`).
 
   row_multiple: what every expert's rows are padded to. dropless: the capacity factor is ignored, as in evaluation and
-  generation.
+  generation. each_token: the forward pass also returns what each token was given by each router, and what it cost.
   """
 
   axes: Axes = AXES
   row_multiple: int = 1
   dropless: bool = False
+  each_token: bool = False
 
   @classmethod
   def of(cls, config: Config, **fields) -> 'Resolved':

@@ -68,18 +68,32 @@ def count_positions(batch: dict, mtp_depth: int) -> Counts:
   return Counts(routed.astype(jnp.float32), jnp.stack([view.weight_BS.sum() for view in views]).astype(jnp.float32))
 
 
-def forward(model: Transformer, batch: dict, config: Resolved):
-  """Cross-entropy of every distance and router statistics.
+class Forward(NamedTuple):
+  """What a forward pass finds on this shard.
 
-  Returns:
-    nats [1 + mtp_depth], the summed cross-entropy of this shard; RouterStats with a row per router.
+  nats: summed cross-entropy per distance, [1 + mtp_depth]. router: RouterStats with a row per router, and in them, if
+  config.each_token, what each token was given. nats_BS: then also the next token's cross-entropy, 0 where it does not
+  count; else ().
   """
+
+  nats: jax.Array
+  router: RouterStats
+  nats_BS: jax.Array | tuple
+
+
+def forward(model: Transformer, batch: dict, config: Resolved) -> Forward:
+  """Cross-entropy of every distance and router statistics."""
   segment_BS = batch['segment_BS'][:, :-1]
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
   h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config)
-  nats = [transformer.nats(model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS)]
-  mtp_stats = []
+  predicted, nats_BS = (model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS), ()
+  if config.each_token:
+    first, nats_BS = transformer.nats_of_each(*predicted)
+    nats_BS = jnp.where(main.weight_BS, nats_BS, 0)
+  else:
+    first = transformer.nats(*predicted)
+  nats, mtp_stats = [first], []
   for depth in range(config.model.mtp_depth):
     view = targets(batch, depth + 1)
     h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config)
@@ -87,7 +101,7 @@ def forward(model: Transformer, batch: dict, config: Resolved):
     nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
   if mtp_stats:
     stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, stack_stats(mtp_stats))
-  return jnp.stack(nats), stats
+  return Forward(jnp.stack(nats), stats, nats_BS)
 
 
 def loss(
@@ -103,7 +117,7 @@ def loss(
     earlier_load_LE: loads of the step's earlier microbatches on this shard.
   """
   depth = config.model.mtp_depth
-  nats, stats = forward(model, batch, config)
+  nats, stats, _ = forward(model, batch, config)
   means = nats / jnp.maximum(counts.predicted, 1)
   routed = jnp.maximum(counts.routed, 1)
   tokens_L = jnp.concatenate([jnp.broadcast_to(routed[:1], (config.model.num_moe_layers,)), routed[1:]])

@@ -80,26 +80,31 @@ def make_train_step(config: Resolved, mesh):
 
 
 def make_eval_step(config: Resolved, mesh):
-  """The jitted (params, bias_LE, batch) -> dict of sums over a batch [1, B, S + 1]; routing is dropless.
+  """The jitted (params, bias_LE, batch) -> dict over a batch [1, B, S + 1]; routing is dropless.
 
-  Returns 'nats' [1 + mtp_depth] float32, 'predicted' [1 + mtp_depth] float32 positions counted, 'load_LE' int32.
+  Sums over the batch: 'nats' [1 + mtp_depth] float32, 'predicted' [1 + mtp_depth] float32 positions counted, 'load_LE'
+  int32. Of each token: 'nats_BS' and what each router gave it, 'expert_LBSK' and 'weight_LBSK' (`stats.Chosen`). This
+  is where all that is told of single tokens comes from. What is not fetched costs its memory on the device only.
   """
-  dropless = dataclasses.replace(config, dropless=True)
+  dropless = dataclasses.replace(config, dropless=True, each_token=True)
   placements = sharding.place_tree(transformer.abstract_params(config), mesh)
   stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
 
-  def sums(params, bias_LE, batch):
+  def found(params, bias_LE, batch):
     batch = jax.tree.map(lambda a: a[0], batch)
     model = transformer.build(config, gather_params(params, placements, config), bias_LE)
-    nats, stats = losses.forward(model, batch, dropless)
+    nats, stats, nats_BS = losses.forward(model, batch, dropless)
     predicted = losses.count_positions(batch, config.model.mtp_depth).predicted
-    return losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
+    sums = losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
+    return sums, {'nats_BS': nats_BS}, {'expert_LBSK': stats.chosen.expert_BSK, 'weight_LBSK': stats.chosen.weight_BSK}
 
-  mapped = jax.shard_map(sums, mesh=mesh, in_specs=(stored, P(), BATCH_SPEC), out_specs=P())
+  of_tokens, of_routers = P(BATCH_AXES), P(None, BATCH_AXES)
+  mapped = jax.shard_map(found, mesh=mesh, in_specs=(stored, P(), BATCH_SPEC), out_specs=(P(), of_tokens, of_routers))
 
   def eval_step(params, bias_LE, batch):
     with jax.default_matmul_precision(config.precision.matmul):
-      return mapped(params, bias_LE, batch)
+      sums, tokens, routers = mapped(params, bias_LE, batch)
+    return sums | tokens | routers
 
   return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 

@@ -51,6 +51,17 @@ def test_equals_float64(shape, chunk, mesh_of, monkeypatch):
   np.testing.assert_array_equal(dw[:, VOCAB:], 0)
 
 
+@pytest.mark.parametrize('shape', [{}, {'data': 2, 'tensor': 2}], ids=str)
+def test_that_of_each_token(shape, mesh_of, monkeypatch):
+  monkeypatch.setattr(module, 'CHUNK_LOGITS', 128 * V // shape.get('tensor', 1))
+  h, w, target, weight = inputs()
+  rows, mesh = P('data'), mesh_of(**shape)
+  specs = {'mesh': mesh, 'in_specs': (rows, P(None, 'tensor'), rows, rows)}
+  each = jax.jit(jax.shard_map(lambda *a: module.cross_entropy_of_each(*a, VOCAB)[1], **specs, out_specs=rows))
+  nats_T = np.asarray(each(h, w, target, weight))
+  np.testing.assert_allclose(nats_T, [exact(h, w, target, one_T)[0] for one_T in np.eye(T)], rtol=1e-5)
+
+
 def test_bfloat16_keeps_dtypes_and_float32_sums(mesh_of):
   h, w, target, weight = inputs()
   h, w = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)

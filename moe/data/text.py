@@ -59,6 +59,15 @@ class TextStream:
     self._known = len(self.tokenizer.decode(self._tokens))
 
 
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+  """The text that each of `ids`, from the beginning of a text, adds to what stands before it; together all of it.
+
+  A token that ends within a character adds nothing, and the one that completes it adds the character. BOS adds nothing.
+  """
+  stream = TextStream(tokenizer, before=())
+  return [stream.add([id], last=place == len(ids)) for place, id in enumerate(ids, 1)]
+
+
 def _overlap(text: str, stop: str) -> int:
   """How many characters at the end of `text` are the beginning of `stop`."""
   return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

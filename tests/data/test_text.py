@@ -3,9 +3,9 @@
 import pytest
 import tokenizers
 
+from moe.data.text import TextStream, pieces
 from moe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from moe.errors import UserError
-from moe.inference.text import TextStream
 
 
 def parts(text: str, stops=(), size=1):
@@ -123,3 +123,16 @@ def test_broken_characters_come_at_the_end():
 def test_an_empty_stop_string_is_refused():
   with pytest.raises(UserError, match='stop string is empty'):
     TextStream(ByteTokenizer(), [''])
+
+
+@pytest.mark.parametrize('text', ['aä€b', '', 'one\n\ttwo  😀'])
+def test_each_token_has_its_piece(text):
+  ids = [256, *text.encode()]
+  found = pieces(ByteTokenizer(), ids)
+  assert len(found) == len(ids)
+  assert ''.join(found) == text
+  assert [piece for piece in found if piece] == list(text)
+
+
+def test_a_piece_of_a_broken_character_is_shown():
+  assert pieces(ByteTokenizer(), [ord('a'), 0xC3]) == ['a', '\N{REPLACEMENT CHARACTER}']
