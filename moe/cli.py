@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from moe import plugins
 from moe.config import KINDS, Config, from_config_dict, nearest, parsed
 from moe.errors import UserError, one_line, out_of_memory
 from moe.files.paths import config_file, refuse_address, run_python, users_code
@@ -23,6 +24,9 @@ HELP = re.compile('--?help(short|full|xml)?')
 INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 flags.disclaim_key_flags()  # flags are the scripts'
+PLUGINS = flags.DEFINE_multi_string(
+  'plugins', [], 'A Python file that adds metrics, bias rules or dispatchers (docs/howto/plugins.md); repeatable.'
+)
 
 
 def run(main: Callable) -> None:
@@ -39,7 +43,7 @@ def run(main: Callable) -> None:
     getattr(sys, name).reconfigure(errors='backslashreplace')  # rather than fail where a terminal lacks a character
   try:
     try:
-      app.run(main, flags_parser=_parse_flags)
+      app.run(lambda argv: _with_plugins(main, argv), flags_parser=_parse_flags)
     except SystemExit:
       sys.stdout.flush()
       raise
@@ -102,6 +106,11 @@ def read_config(name: str, *arg: str):
   if not hasattr(settings, 'keys'):
     raise UserError(f'get_config() of --config = {str(path)!r} gives {type(settings).__name__}, not settings')
   return settings
+
+
+def _with_plugins(main, argv):
+  plugins.load(PLUGINS.value)
+  return main(argv)
 
 
 def _nobody_reads() -> bool:

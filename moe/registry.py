@@ -17,11 +17,11 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe.errors import UserError
+from moe.plugins import Registry
 
 
-class Registry(Mapping[str, Any]):
-  """The entries of a package, each imported when it is first looked up.
+class Folder(Mapping[str, Any]):
+  """What the files of a package define, each imported when it is first looked up.
 
   Args:
     package: dotted name of a folder of moe/.
@@ -30,38 +30,29 @@ class Registry(Mapping[str, Any]):
 
   def __init__(self, package: str, attribute: str):
     self.package, self.attribute = package, attribute
-    self._added: dict[str, Any] = {}
 
   @functools.cached_property
-  def _files(self) -> frozenset[str]:
+  def _names(self) -> tuple[str, ...]:
     folder = pathlib.Path(__file__).parent.joinpath(*self.package.split('.')[1:])
-    return frozenset(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name[0] != '_')
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)]) if module.name[0] != '_'))
 
   def __iter__(self) -> Iterator[str]:
-    return iter(sorted({*self._files, *self._added}))
+    return iter(self._names)
 
   def __len__(self) -> int:
-    return len({*self._files, *self._added})
+    return len(self._names)
 
   def __contains__(self, name) -> bool:
-    return name in self._files or name in self._added
+    return name in self._names
 
   def __getitem__(self, name: str):
-    if name in self._added:
-      return self._added[name]
-    if name not in self._files:
+    if name not in self._names:
       raise KeyError(name)
     return getattr(importlib.import_module(f'{self.package}.{name}'), self.attribute)
 
-  def add(self, name: str, entry: Any) -> None:
-    """Makes `entry` known by a name of its own. Raises UserError if there is one of that name."""
-    if name in self:
-      raise UserError(f'{self.package} has an entry {name!r} already; its names are {", ".join(self)}')
-    self._added[name] = entry
 
-
-BIAS_RULES = Registry('moe.balance.rules', 'RULE')
-DISPATCHERS = Registry('moe.model.dispatch', 'apply')
-GROUPED_MATMULS = Registry('moe.ops.grouped_matmul', 'BACKEND')
-ATTENTIONS = Registry('moe.model.attention', 'ATTENTION')
-CACHED_ATTENTIONS = Registry('moe.inference.attention', 'ATTENTION')
+BIAS_RULES = Registry('bias rule', Folder('moe.balance.rules', 'RULE'))
+DISPATCHERS = Registry('dispatcher', Folder('moe.model.dispatch', 'apply'))
+GROUPED_MATMULS = Registry('grouped matmul', Folder('moe.ops.grouped_matmul', 'BACKEND'))
+ATTENTIONS = Registry('attention', Folder('moe.model.attention', 'ATTENTION'))
+CACHED_ATTENTIONS = Registry('attention in generation', Folder('moe.inference.attention', 'ATTENTION'))

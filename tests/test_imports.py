@@ -13,7 +13,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground floor up. What stands on one line may not import each other, but for the files of one folder.
 FLOORS = (
   ('errors',),
-  ('files', 'registry'),
+  ('files',),
+  ('plugins',),
+  ('registry',),
   ('validation',),
   ('config',),
   ('cli', 'parallel', 'data', 'ops'),

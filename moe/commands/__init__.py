@@ -35,6 +35,7 @@ def start(name: str) -> None:
   module = importlib.import_module(f'moe.commands.{name}')
   sys.modules['__main__'].__doc__ = module.__doc__  # what --help shows, with the flags adopted here
   flags.adopt_module_key_flags(module)
+  flags.declare_key_flag('plugins')
   cli.run(module.main)
 
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import tqdm
 
+from moe import plugins
 from moe.errors import UserError, one_line
 from moe.files import open_own, parse_json, read_json, step_of
 from moe.files.lock import try_lock
@@ -61,7 +62,12 @@ def job_of(run: RunOf, workdir: pathlib.Path) -> Job:
   defaults = flatten(type(run.config)())
   changed = [f'--config.{key}={value}' for key, value in flatten(run.config).items() if value != defaults[key]]
   command = *COMMAND, 'train', '--config=default'
-  return Job(folder, (*command, f'--workdir={folder}', *changed), pathlib.Path.cwd(), run.config.train.steps)
+  return Job(
+    folder,
+    (*command, f'--workdir={folder}', *plugins.arguments(), *changed),
+    pathlib.Path.cwd(),
+    run.config.train.steps,
+  )
 
 
 def run_all(jobs: Sequence[Job], backend, limit: int) -> list[Result]:

@@ -20,7 +20,8 @@ def evaluate(eval_step, state: TrainState, rows: Rows, config: Config, mesh, seq
 
   Returns:
     val_loss (nats per token), val_perplexity, val_bits_per_byte, val_mtp_loss if there are MTP modules, val_tokens,
-    val_bytes (of the text that these tokens stand for), max_vio_global (mean over routers) and load_LE.
+    val_bytes (of the text that these tokens stand for), NAME_global for each of
+    `metrics.METRICS` (mean over routers) and load_LE.
   """
   chosen = rows.spread(sequences)
   size = config.train.batch_size // config.train.microbatches
@@ -38,7 +39,7 @@ def evaluate(eval_step, state: TrainState, rows: Rows, config: Config, mesh, seq
     'val_bits_per_byte': float(nats[0] / math.log(2) * (total['predicted'][0] / num_bytes)),
     'val_tokens': int(total['predicted'][0]),
     'val_bytes': num_bytes,
-    'max_vio_global': float(metrics.max_vio(total['load_LE']).mean()),
+    **metrics.measured(total['load_LE'], 'global'),
     'load_LE': total['load_LE'].tolist(),
   }
   if config.model.mtp_depth:

@@ -264,7 +264,9 @@ class Run:
       callback.evaluated(self, row)
     bits, vio = found['val_bits_per_byte'], found['max_vio_global']
     what = 'validation' if found['set'] == 'full' else 'sample of the validation text'
-    say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}')
+    shown = [f'{name}_global' for name, metric in balance_metrics.METRICS.items() if metric.shown and name != 'max_vio']
+    more = ''.join(f', {key} {found[key]:.3g}' for key in shown)
+    say(f'step {self.done}: {what} {bits:.3f} bits/byte, MaxVio_global {vio:.3f}{more}')
     return True
 
   def _record(self, done, out, bar):
@@ -289,8 +291,7 @@ class Run:
     self._row_time, self._row_step = now, done
     tokens_per_s = self.config.train.batch_size * self.config.data.seq_len / step_s
     row |= {
-      'max_vio_batch': float(balance_metrics.max_vio(load_LE).mean()),
-      'cv_batch': float(balance_metrics.cv(load_LE).mean()),
+      **balance_metrics.measured(load_LE, 'batch'),
       'tokens': self.tokens,
       'tokens_per_s': tokens_per_s,
       'step_s': step_s,

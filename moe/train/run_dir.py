@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 import moe
+from moe import plugins
 from moe.config import Config, from_config_dict
 from moe.errors import UserError
 from moe.files import lock, read_json, sweep_temporaries, write_json
@@ -52,6 +53,7 @@ def check_run(path: pathlib.Path, config: Config) -> None:
   saved = any(checkpoint.name.isdigit() for checkpoint in checkpoints.glob('*'))
   if file.exists():
     info = _read(file)
+    plugins.check(info.get('plugins'), f'the run in {path}')
     _check_same(path, info['config'], config)
     if not saved and (info.get('saved') or (_has_rows(path) and not checkpoints.exists())):
       raise UserError(
@@ -64,7 +66,8 @@ def check_run(path: pathlib.Path, config: Config) -> None:
 
 def shared_settings(config: Config) -> dict:
   """The settings in which the processes of a run must not differ, by name; text and tokenizer are compared as such."""
-  return {key: value for key, value in _leaves(dataclasses.asdict(config)) if key not in OF_A_PROCESS}
+  settings = {key: value for key, value in _leaves(dataclasses.asdict(config)) if key not in OF_A_PROCESS}
+  return settings | {'plugins': ', '.join(sorted(f'{one["kind"]} {one["name"]}' for one in plugins.description()))}
 
 
 @contextlib.contextmanager
@@ -128,6 +131,7 @@ def describe_run(path: pathlib.Path, config: Config, mesh, command: str, step: i
   changed = _changes(old.get('config', {}), dataclasses.asdict(config)) if old else {}
   start |= {key: value for key, value in (('changed', changed), ('holes', list(holes))) if value}
   info = {'config': dataclasses.asdict(config), **here, 'parameters': total, 'active_parameters': active}
+  info |= {'plugins': found} if (found := plugins.description()) else {}
   info |= {'resolved': runs, 'saved': bool(step or old.get('saved')), 'starts': [*_starts(old), start]}
   write_json(file, info)
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
@@ -149,7 +153,9 @@ def read_config(path: pathlib.Path) -> Config:
   """The settings of the run in this directory. Raises UserError if there is none, or one that cannot be read."""
   if not (path / CONFIG).is_file() or not (path / 'checkpoints').is_dir():
     raise UserError(f'{path} is not a run directory with {CONFIG} and checkpoints')
-  return from_config_dict(_read(path / CONFIG)['config'])
+  info = _read(path / CONFIG)
+  plugins.check(info.get('plugins'), f'the run in {path}', but='metric')  # which says nothing of the model
+  return from_config_dict(info['config'])
 
 
 def command_line() -> str:

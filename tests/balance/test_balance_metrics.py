@@ -8,13 +8,26 @@ from moe.balance import metrics
 LOAD_LE = [[4, 4, 4, 4], [8, 4, 4, 0], [16, 0, 0, 0], [0, 0, 0, 0]]
 
 
+# What each metric that is registered gives for LOAD_LE, by hand.
+BY_HAND = {
+  'max_vio': [0, 1, 3, 0],
+  'cv': [0, np.sqrt(0.5), np.sqrt(3), 0],
+  'load_entropy': [1, 0.75, 0, 1],  # (8, 4, 4, 0) / 16: 1.5 bits of 2
+  'gini': [0, 0.375, 0.75, 0],  # (-3*0 - 4 + 4 + 3*8) / (4 * 16)
+  'dead_experts': [0, 1, 3, 0],
+}
+
+
+def test_every_metric_has_a_row():
+  assert BY_HAND.keys() == metrics.METRICS.keys()
+  means = {f'{name}_batch': np.mean(value_L) for name, value_L in BY_HAND.items()}
+  assert metrics.measured(LOAD_LE, 'batch') == pytest.approx(means)
+
+
 @pytest.mark.parametrize(
   ('metric', 'expected'),
   [
-    (metrics.max_vio, [0, 1, 3, 0]),
-    (metrics.cv, [0, np.sqrt(0.5), np.sqrt(3), 0]),
-    (metrics.entropy, [1, 0.75, 0, 1]),  # (8, 4, 4, 0) / 16: 1.5 bits of 2
-    (metrics.gini, [0, 0.375, 0.75, 0]),  # (-3*0 - 4 + 4 + 3*8) / (4 * 16)
+    *((metrics.METRICS[name].of, value_L) for name, value_L in BY_HAND.items()),
     (lambda load_LE: metrics.device_imbalance(load_LE, 2), [1, 1.5, 2, 1]),
     (lambda load_LE: metrics.device_imbalance(load_LE, 1), [1, 1, 1, 1]),
   ],
