@@ -1,7 +1,8 @@
 """load_history.jsonl: how many tokens each expert got in logged training steps, as `load_LE`.
 
 A row is {"step": 12, "load_LE": "<base64 of zlib of little-endian int32, [L, E]>"}, which at DeepSeek-V3's size takes a
-third of the JSON numbers that older runs have in its place. Rows are found without being parsed, and decoded one by
+third of the JSON numbers that older runs have in its place. A few rows also have the router bias after the step, as
+"bias_LE", float32 in the same manner. Rows are found without being parsed, and decoded one by
 one as they are looked at, since all of them may not fit in memory.
 """
 
@@ -25,14 +26,18 @@ MOST_ROWS = 2000  # of a run that does not say how often
 _STEP = re.compile(rb'\{"step": ?(\d{1,15}),')  # as our rows begin
 
 
-def rows_every(log_every: int, steps: int) -> int:
-  """Steps per row where a run does not say: its log_every, or the least multiple that makes at most MOST_ROWS rows."""
-  return log_every * -(-steps // (log_every * MOST_ROWS))
+def rows_every(log_every: int, steps: int, most: int = MOST_ROWS) -> int:
+  """Steps per row where a run does not say: its log_every, or the least multiple that makes at most `most` rows."""
+  return log_every * -(-steps // (log_every * most))
 
 
 def encode(load_LE: np.ndarray) -> str:
   """Counts below 2^31, for a row."""
-  return base64.b64encode(zlib.compress(np.asarray(load_LE, '<i4').tobytes())).decode()
+  return _packed(load_LE, '<i4')
+
+
+def _packed(array, dtype):
+  return base64.b64encode(zlib.compress(np.asarray(array, dtype).tobytes())).decode()
 
 
 def decode(value: Any, shape: tuple[int, int], where: str) -> np.ndarray:
@@ -51,20 +56,36 @@ def decode(value: Any, shape: tuple[int, int], where: str) -> np.ndarray:
 
 
 def _unpacked(text, shape, where):
+  load_LE = _numbers(text, '<i4', shape, where, 'load_LE')
+  if load_LE is None or load_LE.min(initial=0) < 0:
+    raise UserError(f'{where}: load_LE does not hold counts of shape {shape}, as by config.json')
+  return load_LE.astype(np.int64)
+
+
+def decode_bias(value: Any, shape: tuple[int, int], where: str) -> np.ndarray | None:
+  """float64 [L, E] of a row's 'bias_LE'; None where there is none. Raises UserError, which begins with `where`."""
+  if value is None:
+    return None
+  bias_LE = _numbers(value if isinstance(value, str) else '', '<f4', shape, where, 'bias_LE')
+  if bias_LE is None or not np.isfinite(bias_LE).all():
+    raise UserError(f'{where}: bias_LE does not hold finite numbers of shape {shape}, as by config.json')
+  return bias_LE.astype(np.float64)
+
+
+def _numbers(text, dtype, shape, where, name):
+  """An array of 4-byte numbers as `_packed` wrote it; None if it has another size."""
   size = 4 * shape[0] * shape[1]
   try:
     unpacker = zlib.decompressobj()
     data = unpacker.decompress(base64.b64decode(text, validate=True), size + 1)
   except (binascii.Error, ValueError, zlib.error) as error:
-    raise UserError(f'{where}: load_LE is damaged: {error}') from error
-  load_LE = np.frombuffer(data[: len(data) // 4 * 4], '<i4')
-  if len(data) != size or not unpacker.eof or load_LE.min(initial=0) < 0:
-    raise UserError(f'{where}: load_LE does not hold counts of shape {shape}, as by config.json')
-  return load_LE.astype(np.int64).reshape(shape)
+    raise UserError(f'{where}: {name} is damaged: {error}') from error
+  return np.frombuffer(data, dtype).reshape(shape) if len(data) == size and unpacker.eof else None
 
 
 class LoadHistory(Sequence):
-  """Rows {'step', 'load_LE': int64 [L, E]} in ascending order of their steps; a slice is a list of rows."""
+  """Rows {'step', 'load_LE': int64 [L, E], 'bias_LE': float64 [L, E] or None} in ascending order of their steps; a
+  slice is a list of rows."""
 
   def __init__(self, path: Path, shape: tuple[int, int], again: bool = True):
     """Finds the rows of a file that may be missing. A last line without an end is left out.
@@ -76,7 +97,8 @@ class LoadHistory(Sequence):
     Raises:
       UserError: the file cannot be read, or a row is no JSON object with a step, or out of order.
     """
-    self._path, self._shape, self._places = path, shape, []  # (step, line, first byte, bytes)
+    self._path, self._shape = path, shape
+    self._places = []  # (step, line, first byte, bytes), whether there is a bias
     if os.path.lexists(path):
       self._find(again)
 
@@ -87,33 +109,41 @@ class LoadHistory(Sequence):
         if line.endswith(b'\n'):
           found, where = _STEP.match(line), f'{self._path} line {number}'
           step = int(found[1]) if found else step_of(parse_json(line, where), where)
-          while self._places and self._places[-1][0] >= step:
+          while self._places and self._places[-1][0][0] >= step:
             if not again:
               raise out_of_order(where, step)
             self._places.pop()
-          self._places.append((step, number, start, len(line)))
+          self._places.append(((step, number, start, len(line)), b'"bias_LE":' in line))
           start += len(line)
 
   @property
   def steps(self) -> list[int]:
-    return [step for step, *_ in self._places]
+    return [place[0] for place, _ in self._places]
+
+  @property
+  def with_bias(self) -> list[int]:
+    """Places of the rows that have a bias."""
+    return [i for i, (_, has_bias) in enumerate(self._places) if has_bias]
 
   def __len__(self) -> int:
     return len(self._places)
 
   def __getitem__(self, index):
     if isinstance(index, slice):
-      return [self._row(*place) for place in self._places[index]]
-    return self._row(*self._places[index])
+      return [self._row(*place) for place, _ in self._places[index]]
+    return self._row(*self._places[index][0])
 
   def _row(self, step, number, start, size) -> dict[str, Any]:
     where = f'{self._path} line {number}'
     with open_regular(self._path) as file:
       file.seek(start)
       row = parse_json(file.read(size), where)
-    return {'step': step, 'load_LE': decode(row.get('load_LE'), self._shape, where)}
+    load_LE, bias_LE = row.get('load_LE'), row.get('bias_LE')
+    loads = {'step': step, 'load_LE': decode(load_LE, self._shape, where)}
+    return loads | {'bias_LE': decode_bias(bias_LE, self._shape, where)}
 
 
-def line(step: int, load_LE: np.ndarray) -> str:
+def line(step: int, load_LE: np.ndarray, bias_LE: np.ndarray | None = None) -> str:
   """A row as it stands in the file."""
-  return json.dumps({'step': step, 'load_LE': encode(load_LE)})
+  bias = {} if bias_LE is None else {'bias_LE': _packed(bias_LE, '<f4')}
+  return json.dumps({'step': step, 'load_LE': encode(load_LE)} | bias)

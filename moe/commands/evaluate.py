@@ -21,6 +21,7 @@ from moe.files.paths import local_path
 from moe.inference import flags as model_flags
 from moe.inference import quantize
 from moe.train import evaluate
+from moe.train.experts import Watch
 from moe.train.state import TrainState
 from moe.train.step import make_eval_step
 
@@ -49,7 +50,8 @@ def main(argv):
   state, step = TrainState((), params, {'bias_LE': model.bias_LE}, ()), make_eval_step(config, model.mesh)
   evaluate.evaluate(step, state, rows, config, model.mesh, 1)  # compiles
   start = time.perf_counter()
-  found = evaluate.evaluate(step, state, rows, config, model.mesh, SEQUENCES.value)
+  watch = Watch(rows, model.config.model, model.tokenizer)
+  found = evaluate.evaluate(step, state, rows, config, model.mesh, SEQUENCES.value, watch)
   found['tokens_per_s'] = round(found['val_tokens'] / (time.perf_counter() - start))
   del found['load_LE']
   of = {'checkpoint': model_flags.CHECKPOINT.value, 'step': model.step, 'quantize': QUANTIZE.value}

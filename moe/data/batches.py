@@ -26,6 +26,7 @@ class Rows:
   seq_len: int  # S
   num_bytes: int  # text bytes that token_N encodes
   token_bytes_V: np.ndarray | None = None  # how many of them each id stands for, see Tokenizer; None: all as many
+  names: Sequence[str] = ()  # of the documents; () if not known
 
   @property
   def num_targets(self) -> int:
@@ -100,7 +101,8 @@ def pack(
       f'{num_tokens}; lower data.seq_len or give more text'
     )
   num_bytes = sum(len(document.text) for document in documents)
-  return Rows(**stream, seq_len=seq_len, num_bytes=num_bytes, token_bytes_V=tokenizer.token_bytes())
+  names = [document.name for document in documents]
+  return Rows(**stream, seq_len=seq_len, num_bytes=num_bytes, token_bytes_V=tokenizer.token_bytes(), names=names)
 
 
 def _encode(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import io
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -20,13 +19,11 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from moe.balance import metrics
 from moe.files import replacing
-from moe.report.run import Run
+from moe.report.run import Run, thin
 
 BLUE, ORANGE, GREEN, GREY = '#1f6feb', '#d9480f', '#2b8a3e', '#57606a'
 WIDTH_IN, HEIGHT_IN = 4.7, 3.1
-MAX_POINTS = 1500  # of one curve
 MAX_LAYER_LABELS = 16  # of a heat map
 NAMED_LAYERS = 6  # up to so many layers get a legend entry each, more get a colour bar
 LAYER_COLORS = ListedColormap(matplotlib.colormaps['viridis'](np.linspace(0, 0.9, 256)))  # the lightest end is cut off
@@ -49,7 +46,7 @@ def loss(run: Run) -> Figure | None:
     axes.plot(*zip(*points, strict=True), marker, color=ORANGE, markeredgecolor='white', label=label, zorder=4)
   for name, style in (('trigram', '--'), ('gzip', ':')) if scale else ():
     value = run.data.get(f'{name}_bits_per_byte')
-    if _finite(value):
+    if is_finite(value):
       axes.axhline(value, color=GREY, linestyle=style, label=f'{name} {value:.2f}', zorder=1)
   if scale:
     right = axes.secondary_yaxis('right', functions=(lambda bits: bits / scale, lambda nats: nats * scale))
@@ -60,32 +57,16 @@ def loss(run: Run) -> Figure | None:
 
 def max_vio(run: Run) -> Figure | None:
   """MaxVio of each layer's training batches, with the expected MaxVio of random balanced routing (dashed)."""
-  if not run.load_history:
+  steps, vio_NL = run.layer_curves('max_vio')
+  if not len(steps):
     return None
-  picks = thin(range(len(run.load_history)))  # rows are decoded one at a time: all may not fit in memory
-  steps, vios = zip(
-    *((row['step'], metrics.max_vio(row['load_LE'])) for row in map(run.load_history.__getitem__, picks)), strict=True
-  )
-  vio_NL = np.array(vios)
-  vio_NL[vio_NL <= 0] = np.nan  # perfectly equal loads have no place on a log axis
   figure, axes = panel('MaxVio', HEIGHT_IN * 1.15)
-  names = run.layer_names
-  moe_layers = len(names) - run.setting('model.mtp_depth')
-  color_of = LAYER_COLORS.resampled(max(moe_layers, 2))
-  few = moe_layers <= NAMED_LAYERS
-  for i, name in enumerate(names):
-    is_mtp = i >= moe_layers
-    style = {'color': ORANGE, 'linewidth': 1.6, 'zorder': 3} if is_mtp else {'color': color_of(i), 'linewidth': 1.1}
-    label = name if few or is_mtp else None
-    axes.plot(steps, vio_NL[:, i], marker='o' if len(steps) < 3 else None, alpha=0.85, label=label, **style)
+  curves_by_layer(figure, axes, run, steps, vio_NL, log=True)
   floor = run.max_vio_floor(run.load_history[-1]['load_LE'])
   if floor:
     axes.axhline(floor, color='black', linestyle='--', linewidth=1.3, label='random balanced routing', zorder=4)
-  if np.isfinite(vio_NL).any():
-    axes.set_yscale('log')
-    plain_log_ticks(axes.yaxis)
-  if not few:
-    _layer_colorbar(figure, axes, run, moe_layers)
+  if axes.get_yscale() == 'log':
+    plain_log_ticks(axes.yaxis)  # once all is drawn
   legend_above(figure, axes)
   return figure
 
@@ -99,7 +80,7 @@ def heat_maps(run: Run) -> list[tuple[str, Figure]]:
     last = run.evals[-1]
     of = 'Validation sample' if last.get('set') == 'sample' else 'Validation set'
     loads.append((f'{of}, step {last["step"]}', last['load_LE']))
-  return [(title, _heat_map(run.layer_names, load_LE)) for title, load_LE in loads]
+  return [(title, heat_map(run.layer_names, load_LE)) for title, load_LE in loads]
 
 
 def drop_rate(run: Run) -> Figure | None:
@@ -162,7 +143,7 @@ def _evaluations(run, key):
   full = [(row['step'], row) for row in run.evals if row.get('set') != 'sample']
   drawn = []
   for label, marker, rows in (('validation', 'o', full), ('validation, a sample', 'o', sample)):
-    if points := [(step, row[key]) for step, row in rows if _finite(row.get(key))]:
+    if points := [(step, row[key]) for step, row in rows if is_finite(row.get(key))]:
       drawn.append((label, marker, points))
   return [('validation, all', 'D', drawn[0][2]), drawn[1]] if len(drawn) > 1 else drawn
 
@@ -196,7 +177,8 @@ def _healthcurve(run, key, color):
   return figure
 
 
-def _heat_map(names, load_LE):
+def heat_map(names: list[str], load_LE: np.ndarray) -> Figure:
+  """Load / mean of its row by expert, of rows with these names."""
   rows, num_experts = load_LE.shape
   figure, axes = panel(None, min(max(1.5 + 0.19 * rows, 2.2), 4.6))
   mean_L = load_LE.mean(-1, keepdims=True)
@@ -224,6 +206,27 @@ def _layer_colorbar(figure, axes, run, moe_layers):
   bar.locator = MaxNLocator(6, integer=True)
   bar.update_ticks()
   bar.set_label('layer')
+
+
+def curves_by_layer(figure, axes, run: Run, steps, value_NL, smooth: bool = True, log: bool = False, marker=None):
+  """A curve per layer, and one per MTP module in another colour: running means, and what they are of faint behind."""
+  names, smooth = run.layer_names, smooth and len(steps) > 9
+  moe_layers = len(names) - run.setting('model.mtp_depth')
+  color_of, few = LAYER_COLORS.resampled(max(moe_layers, 2)), moe_layers <= NAMED_LAYERS
+  # Perfectly equal loads have no place on a log axis.
+  positive = lambda values: np.where(values > 0, values, np.nan) if log else values
+  for i, name in enumerate(names):
+    is_mtp = i >= moe_layers
+    style = {'color': ORANGE, 'linewidth': 1.6, 'zorder': 3} if is_mtp else {'color': color_of(i), 'linewidth': 1.2}
+    if smooth:
+      axes.plot(steps, positive(value_NL[:, i]), **style | {'linewidth': 0.6, 'alpha': 0.25, 'zorder': 1})
+    bold = positive(running_mean(value_NL[:, i]) if smooth else value_NL[:, i])
+    dots = marker or ('o' if len(steps) < 3 else None)
+    axes.plot(steps, bold, marker=dots, markersize=4, alpha=0.9, label=name if few or is_mtp else None, **style)
+  if log and (value_NL > 0).any():
+    axes.set_yscale('log')
+  if not few:
+    _layer_colorbar(figure, axes, run, moe_layers)
 
 
 def panel(ylabel: str | None, height_in: float = HEIGHT_IN, width_in: float = WIDTH_IN) -> tuple[Figure, Axes]:
@@ -259,12 +262,6 @@ def running_mean(values: np.ndarray) -> np.ndarray:
   return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
-def thin(values: Sequence) -> Sequence:
-  """Every n-th value so that at most MAX_POINTS remain, the last one included."""
-  every = math.ceil(len(values) / MAX_POINTS)
-  return values[(len(values) - 1) % every :: every]
-
-
 def legend_above(figure: Figure, axes: Axes) -> None:
   """A legend on top of the figure, outside the axes; none without labels."""
   handles, labels = axes.get_legend_handles_labels()
@@ -284,5 +281,6 @@ def plain_log_ticks(axis: Axis) -> None:
   axis.set_minor_locator(NullLocator())
 
 
-def _finite(value):
+def is_finite(value) -> bool:
+  """Whether a value of JSON is a number that can be drawn."""
   return isinstance(value, int | float) and abs(value) <= sys.float_info.max

@@ -5,8 +5,9 @@ from html import escape
 from typing import Any
 
 from moe.files import write_atomically, write_json
-from moe.report import figures
+from moe.report import expert_figures, figures
 from moe.report.document import details, document, grid, image, section, table, text
+from moe.report.expert_sections import balance_sections, text_sections, title_of
 from moe.report.run import Run, load_run, summarize
 
 
@@ -35,6 +36,7 @@ def page(run: Run, summary: dict[str, Any]) -> str:
     f'<p class="muted">{_state(summary["steps"], run.setting("train.steps"), summary["finished"])}</p>',
     f'<p class="verdict">{escape(verdict(summary))}</p>',
     *(f'<p>Missing rows: {escape(hole)}.</p>' for hole in run.holes),
+    *(f'<p>Shown as it was logged: {escape(one)}.</p>' for one in run.missing_plugins),
     *(f'<p class="muted">{escape(sentence)}</p>' for sentence in remarks(run, summary)),
     _tables(run, summary),
     '<div class="grid">',
@@ -47,11 +49,13 @@ def page(run: Run, summary: dict[str, Any]) -> str:
     section('Balance over training', _VIO, image('MaxVio by step', figures.max_vio(run)), _NO_LOADS),
     '</div>',
     section('Load by layer and expert', _HEAT, grid(figures.heat_maps(run)), _NO_LOADS),
+    *balance_sections(run),
+    *text_sections(run),
     '<div class="grid">',
     section('Throughput', _SPEED, image('Tokens per second by step', figures.throughput(run)), _NO_SPEED),
     section('Dropped tokens', _DROPS, image('Drop rate by step', figures.drop_rate(run)), _no_drops(run)),
     '</div>',
-    section('Router health', _HEALTH, grid(figures.health(run)), 'No router statistics were logged.'),
+    section('Training health', _HEALTH, grid(_health(run)), 'No statistics of routers and gradients were logged.'),
     section('Generated sample', '', _sample(run.sample), 'No sample was generated.'),
     '<h2>Set-up</h2>',
     details('Command', run.info.get('command')),
@@ -118,7 +122,12 @@ _DROPS = "Token copies beyond their expert's capacity, as a share of all token c
 _SPEED = 'Training tokens per second; the dashed line is the median.'
 _NO_LOADS = 'No expert loads were logged.'
 _NO_SPEED = 'No throughput was logged.'
-_HEALTH = 'Spread of the routing bias over all experts and layers, and the optimizer around it.'
+_HEALTH = 'Spread of the routing bias over all experts and layers, the optimizer around it, the loss of MTP modules.'
+
+
+def _health(run):
+  more = [('Gradient norm by group', expert_figures.gradient_norms(run)), ('MTP loss', expert_figures.mtp_loss(run))]
+  return figures.health(run) + [pair for pair in more if pair[1]]
 
 
 def _is_sampled(run):
@@ -164,6 +173,7 @@ def _tables(run, summary):
       ('MaxVio of random routing', s['max_vio_noise_floor']),
       ('load CV, global', s['cv_global']),
       ('load entropy, global', s['load_entropy_global']),
+      *((f'{title_of(key)}, global', s[key]) for key in s if key.endswith('_global') and key not in _SHOWN),
       ('MaxVio_batch, last 10%', s['max_vio_batch']),
       ('drop rate, last 10%', s['drop_rate']),
     ],
@@ -188,6 +198,9 @@ def _tables(run, summary):
     ],
   }
   return '<div class="grid small">\n' + '\n'.join(table(title, rows) for title, rows in groups.items()) + '\n</div>'
+
+
+_SHOWN = ('max_vio_global', 'cv_global', 'load_entropy_global')
 
 
 def _duration(seconds):

@@ -1,6 +1,7 @@
 """Reads a run directory and sums it up."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -11,20 +12,23 @@ from typing import Any
 
 import numpy as np
 
+from moe import plugins
 from moe.balance import load_history, metrics
 from moe.config import Config
 from moe.errors import UserError
 from moe.files import digests, read_bytes, read_json, read_rows
+from moe.report.experts import Experts, load_experts
 
 TAIL_FRACTION = 0.1  # last fraction of the rows behind the summary's training means
 CONTENTS = (
   'a run directory holds config.json and metrics.jsonl, and as far as the run got data.json, load_history.jsonl, '
-  'evals.jsonl and sample.txt'
+  'evals.jsonl, experts.json and sample.txt'
 )
 COUNTS = tuple(f'model.{key}' for key in ('num_layers', 'num_dense_layers', 'num_experts', 'top_k', 'mtp_depth'))
 COUNTS += ('train.steps',)
 MEASURED = ('_bytes', '_tokens', '_per_byte')  # how names of numbers in data.json end
 MAX_SAMPLE_BYTES = 1 << 24
+MAX_POINTS = 1500  # of one curve
 MESH_AXES = ('pipe', 'data', 'expert', 'tensor')
 
 
@@ -39,6 +43,7 @@ class Run:
   load_history: Sequence[dict[str, Any]]  # load_history.jsonl, 'load_LE' as int64 [L, E]; read as it is looked at
   evals: list[dict[str, Any]]  # evals.jsonl, 'load_LE' as int64 [L, E]
   sample: str | None  # sample.txt
+  experts: Experts | None = None  # experts.json
 
   @property
   def name(self) -> str:
@@ -79,17 +84,52 @@ class Run:
     found = [start.get('holes') for start in self.starts]
     return [hole for holes in found if isinstance(holes, list) for hole in holes if isinstance(hole, str)]
 
+  @property
+  def missing_plugins(self) -> list[str]:
+    """Lines about what plugins brought to the run, and are not here to compute."""
+    return [plugins.line(one) for one in plugins.missing(self.info.get('plugins'))]
+
   def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows where `key` is a finite number; both empty if there are none."""
     points = [(row['step'], row[key]) for row in self.rows if _number(row.get(key)) is not None]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, np.int64), np.array(values, np.float64)
 
+  def layer_curves(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [N], values [N, L]) of a metric of the logged loads, thinned; both empty without any."""
+    steps, values = self._layer_curves
+    return steps, values[name]
+
+  @functools.cached_property
+  def _layer_curves(self):
+    picks = thin(range(len(self.load_history)))  # rows are decoded one at a time: all may not fit in memory
+    values = {name: np.zeros((len(picks), self.load_shape[0])) for name in metrics.METRICS}
+    for place, row in enumerate(map(self.load_history.__getitem__, picks)):
+      for name, value_NL in values.items():
+        value_NL[place] = metrics.per_layer(name, row['load_LE'])
+    return np.array([self.load_history.steps[i] for i in picks], np.int64), values
+
+  @functools.cached_property
+  def biases(self) -> list[dict[str, Any]]:
+    """The rows of load_history.jsonl that have a 'bias_LE'."""
+    return [self.load_history[i] for i in getattr(self.load_history, 'with_bias', ())]
+
+  @property
+  def logged_metrics(self) -> list[str]:
+    """Names of metrics that are logged as NAME_batch, known here or not."""
+    return [key.removesuffix('_batch') for key in self.rows[-1] if key.endswith('_batch')]
+
   def max_vio_floor(self, load_LE: np.ndarray) -> float | None:
     """Expected max_vio of random balanced routing of as many tokens as load_LE counts; None if it counts none."""
     top_k = self.setting('model.top_k')
     tokens = round(load_LE.sum(-1).mean() / top_k)
     return metrics.noise_floor(tokens, load_LE.shape[-1], top_k)[0] if tokens else None
+
+
+def thin(values: Sequence) -> Sequence:
+  """Every n-th value so that at most MAX_POINTS remain, the last one included."""
+  every = math.ceil(len(values) / MAX_POINTS)
+  return values[(len(values) - 1) % every :: every] if every else values
 
 
 def load_run(path: str | os.PathLike) -> Run:
@@ -125,7 +165,9 @@ def load_run(path: str | os.PathLike) -> Run:
   run = Run(path, info, _data(path / 'data.json'), rows, (), [], text)
   _check_settings(run)
   history = load_history.LoadHistory(path / load_history.FILE, run.load_shape, again)
-  return dataclasses.replace(run, load_history=history, evals=_evals(path / 'evals.jsonl', run.load_shape, again))
+  experts = load_experts(path, run.load_shape, run.setting('model.top_k'))
+  evals = _evals(path / 'evals.jsonl', run.load_shape, again)
+  return dataclasses.replace(run, load_history=history, experts=experts, evals=evals)
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -135,8 +177,9 @@ def summarize(run: Run) -> dict[str, Any]:
   means over the last 10% of the rows, `tokens_per_s`, `model_tflop_per_s` and `mfu` are medians over all rows.
   `*_global` come from the expert loads of the last evaluation, averaged over the MoE layers and MTP modules;
   `max_vio_noise_floor` is the max_vio that random balanced routing of as many tokens would show. `train_s` is
-  `step_s` times the steps since the row before, summed. Two keys are there only where they say something:
-  `evaluated_on` is 'sample' where the run stopped before all of the validation text was evaluated, and
+  `step_s` times the steps since the row before, summed. Some keys are there only where they say something:
+  `missing_plugins` says what was logged and cannot be computed here, `NAME_global` are further metrics as they were
+  logged, `evaluated_on` is 'sample' where the run stopped before all of the validation text was evaluated, and
   `tokenizer_loses` is the share of a sample of the text that does not come back from decode(encode(text)).
   """
   last_step, last_eval = run.rows[-1]['step'], run.evals[-1] if run.evals else {}
@@ -151,11 +194,13 @@ def summarize(run: Run) -> dict[str, Any]:
     'train_loss_last_20_rows': _mean(run.rows[-20:], 'loss'),
     **{key: _number(last_eval.get(key)) for key in ('val_loss', 'val_perplexity', 'val_bits_per_byte')},
     **({'evaluated_on': 'sample'} if last_eval.get('set') == 'sample' else {}),
+    **({'missing_plugins': missing} if (missing := run.missing_plugins) else {}),
     **({'tokenizer_loses': lost} if (lost := _number(run.data.get('tokenizer_loses'))) else {}),
     **{key: _number(run.data.get(key)) for key in ('trigram_bits_per_byte', 'gzip_bits_per_byte')},
     'corpus': run.data.get('corpus'),
     **{key: _number(run.data.get(key)) for key in ('train_bytes', 'val_bytes')},
     **_balance(run, last_eval),
+    **_more_metrics(last_eval),
     **{key: _mean(run.rows[-tail:], key) for key in ('max_vio_batch', 'drop_rate')},
     **{key: _median(run.series(key)[1]) for key in ('tokens_per_s', 'model_tflop_per_s', 'mfu')},
     'train_s': _train_s(run),
@@ -167,10 +212,12 @@ def summarize(run: Run) -> dict[str, Any]:
   }
 
 
+_BALANCE = ('max_vio_global', 'max_vio_global_per_layer', 'max_vio_noise_floor', 'cv_global', 'load_entropy_global')
+
+
 def _balance(run, last_eval):
-  keys = ('max_vio_global', 'max_vio_global_per_layer', 'max_vio_noise_floor', 'cv_global', 'load_entropy_global')
   if not last_eval:
-    return dict.fromkeys(keys)
+    return dict.fromkeys(_BALANCE)
   load_LE = last_eval['load_LE']
   max_vio_L = metrics.max_vio(load_LE)
   values = (
@@ -180,7 +227,13 @@ def _balance(run, last_eval):
     float(metrics.cv(load_LE).mean()),
     float(metrics.entropy(load_LE).mean()),
   )
-  return dict(zip(keys, values, strict=True))
+  return dict(zip(_BALANCE, values, strict=True))
+
+
+def _more_metrics(last_eval):
+  """NAME_global of the metrics that have no other place here, as they were logged."""
+  found = {key: _number(value) for key, value in last_eval.items() if key.endswith('_global')}
+  return {key: value for key, value in found.items() if value is not None and key not in _BALANCE}
 
 
 def _mesh(run):

@@ -9,27 +9,37 @@ from moe.balance import metrics
 from moe.config import Config
 from moe.data.batches import Rows
 from moe.train import feed
+from moe.train.experts import Watch
 from moe.train.state import TrainState
 
+SUMS, OF_TOKENS = ('nats', 'predicted', 'load_LE'), ('expert_LBSK', 'weight_LBSK', 'nats_BS')
 
-def evaluate(eval_step, state: TrainState, rows: Rows, config: Config, mesh, sequences: int = 0) -> dict:
+
+def evaluate(
+  eval_step, state: TrainState, rows: Rows, config: Config, mesh, sequences: int = 0, watch: Watch | None = None
+) -> dict:
   """Loss and balance over validation rows. Routing is dropless; the bias stays.
 
   Args:
     sequences: so many rows, spread over the text, so that each part of it has its weight; 0: all.
+    watch: is told what became of each token.
 
   Returns:
     val_loss (nats per token), val_perplexity, val_bits_per_byte, val_mtp_loss if there are MTP modules, val_tokens,
     val_bytes (of the text that these tokens stand for), NAME_global for each of
-    `metrics.METRICS` (mean over routers) and load_LE.
+    `metrics.METRICS` (mean over routers) and load_LE; and what
+    `Watch.row` says.
   """
   chosen = rows.spread(sequences)
   size = config.train.batch_size // config.train.microbatches
   total = None
   for first in range(0, len(chosen), size):
     batch = feed.eval_batch(rows, chosen[first : first + size], size, mesh)
+    out = eval_step(state.params, state.balance['bias_LE'], batch)
+    part = jax.device_get({key: out[key] for key in (*SUMS, *(OF_TOKENS if watch else ()))})
+    if watch:
+      watch.add(chosen[first : first + size], *(part.pop(key) for key in OF_TOKENS))
     # Summed on the host in float64: a large validation set outgrows float32 and int32.
-    part = jax.device_get(eval_step(state.params, state.balance['bias_LE'], batch))
     part = {key: value.astype(np.int64 if key == 'load_LE' else np.float64) for key, value in part.items()}
     total = part if total is None else {key: total[key] + part[key] for key in total}
   nats, num_bytes = total['nats'] / np.maximum(total['predicted'], 1), rows.bytes_of(chosen)
@@ -44,4 +54,4 @@ def evaluate(eval_step, state: TrainState, rows: Rows, config: Config, mesh, seq
   }
   if config.model.mtp_depth:
     result['val_mtp_loss'] = float(nats[1:].mean())
-  return result
+  return result | (watch.row() if watch else {})

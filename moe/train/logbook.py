@@ -62,10 +62,10 @@ class Logbook:
       self._append(name, json.dumps(row, allow_nan=False))
       self._board.add(row['step'], dict(_numbers(row)))
 
-  def write_loads(self, step: int, load_LE: np.ndarray) -> None:
-    """Appends a row to load_history.jsonl. Raises UserError."""
+  def write_loads(self, step: int, load_LE: np.ndarray, bias_LE: np.ndarray | None = None) -> None:
+    """Appends a row to load_history.jsonl, with the router bias if it is given. Raises UserError."""
     with self._guarded('load_history'):
-      self._append('load_history', load_history.line(step, load_LE))
+      self._append('load_history', load_history.line(step, load_LE, bias_LE))
 
   def sync(self) -> dict[str, list[int]]:
     """Returns once all rows and their digests are on disk, with the bytes of each file. Raises UserError."""
@@ -111,7 +111,7 @@ def _numbers(row):
   of = f'{row["set"]}/' if 'set' in row else ''
   for key, value in row.items():
     if isinstance(value, dict):
-      yield from ((f'{key}/{name}', number) for name, number in value.items())
+      yield from ((f'{key}/{name}', number) for name, number in _numbers(value))
     elif key != 'step' and isinstance(value, (int, float)):
       yield of + key, value
 

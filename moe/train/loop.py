@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
@@ -27,10 +28,13 @@ from moe.errors import UserError
 from moe.files.paths import local_path
 from moe.model import flops
 from moe.parallel import mesh, processes
-from moe.train import evaluate, feed, run_dir, state, step
+from moe.train import evaluate, experts, feed, run_dir, state, step
 from moe.train.checkpoint import Checkpoints, abstract_like, start_from
 from moe.train.logbook import Logbook
 from moe.validation import profile_range
+
+NOT_OF_A_SAMPLE = ('load_LE', 'specialisation_bits', 'source_tokens', 'watch')  # beside the result on all rows
+MOST_BIASES = 200  # rows of load_history.jsonl that also hold the router bias
 
 
 class Callback:
@@ -111,6 +115,7 @@ class Run:
     self._row_time, self._row_step = time.perf_counter(), self.done
     self._noted = False  # that there is a checkpoint, in config.json
     self._load_every = config.train.load_every or rows_every(config.train.log_every, config.train.steps)
+    self._bias_every = rows_every(self._load_every, config.train.steps, MOST_BIASES)
     self._flops_per_token = flops.matmul_flops_per_token(self.config)
     self._peak_flops_per_s = flops.peak_bf16_flops_per_s(device_mesh.devices.flat[0].device_kind)
 
@@ -153,6 +158,8 @@ class Run:
         batch = feed.train_batch(self.batches, self.done, train.microbatches, self.mesh)
         self.state, out = self.train_step(self.state, batch)
         self.done += 1
+        if self.done == total or _due(self.done, self._bias_every):
+          out |= {'bias_LE': jnp.copy(self.state.balance['bias_LE'])}  # before the next step takes its memory
         pending.append((self.done, out))
         saving, evaluating = _due(self.done, every), _due(self.done, eval_every)
         # The host reads a step's metrics while the device runs the next one; whoever needs the state waits for them.
@@ -229,7 +236,7 @@ class Run:
     found, sample = self._measured(0), {}
     if found and self._is_sample() and self.config.train.eval_every:
       sample = self._measured(self.config.train.eval_sequences)
-      found = sample and {**found, 'sample': {key: value for key, value in sample.items() if key != 'load_LE'}}
+      found = sample and {**found, 'sample': {key: one for key, one in sample.items() if key not in NOT_OF_A_SAMPLE}}
     return bool(found) and self._log_evaluation({'set': 'full', **found})
 
   def _is_sample(self):
@@ -248,18 +255,23 @@ class Run:
         return self.eval_step(*batch)
 
       try:
-        found = evaluate.evaluate(eval_step, self.state, self.rows['val'], self.config, self.mesh, sequences)
+        watch = experts.Watch(self.rows['val'], self.config.model, self.tokenizer)
+        rows = self.rows['val']
+        found = evaluate.evaluate(eval_step, self.state, rows, self.config, self.mesh, sequences, watch)
       except _Stopped:
         return {}
     for key, value in found.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'step {self.done}: {key} = {value} in the evaluation: the weights of this step are no good')
-    return found
+    return found | {'watch': watch}
 
   def _log_evaluation(self, found) -> bool:
+    watch = found.pop('watch', None)
     row = {'step': self.done, **found}
     if self.logbook:
       self.logbook.write('evals', row)
+      if watch:
+        watch.write(self.path, self.done, found['set'])
     for callback in self.callbacks:
       callback.evaluated(self, row)
     bits, vio = found['val_bits_per_byte'], found['max_vio_global']
@@ -273,7 +285,7 @@ class Run:
     """Checks, counts and logs one step's metrics, once they are there."""
     out = jax.device_get(out)
     self.tokens += int(out.pop('batch_tokens'))
-    load_LE = out.pop('load_LE')
+    load_LE, bias_LE = out.pop('load_LE'), out.pop('bias_LE', None)
     row = {key: float(value) for key, value in out.items()}
     if not (math.isfinite(row['total_loss']) and math.isfinite(row['grad_norm'])):
       last = self.checkpoints.latest()
@@ -283,7 +295,7 @@ class Run:
     bar.update()
     last = done == self.config.train.steps
     if self.logbook and (last or _due(done, self._load_every)):
-      self.logbook.write_loads(done, load_LE)
+      self.logbook.write_loads(done, load_LE, bias_LE)
     if not (last or _due(done, self.config.train.log_every)):
       return
     now, steps = time.perf_counter(), done - self._row_step

@@ -21,8 +21,9 @@ from moe.report.html import write_report
 from moe.report.run import load_run, summarize
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECTIONS = ['Loss', 'Balance over training', 'Load by layer and expert', 'Throughput', 'Dropped tokens']
-SECTIONS += ['Router health', 'Generated sample', 'Set-up']
+SECTIONS = ['Loss', 'Balance over training', 'Load by layer and expert', 'Measures of balance', 'Dead experts']
+SECTIONS += ['Router bias by expert', 'What experts do', 'Throughput', 'Dropped tokens']
+SECTIONS += ['Training health', 'Generated sample', 'Set-up']
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def page(tmp_path_factory):
 
 def test_page_has_every_section(page):
   assert re.findall('<h2>(.*)</h2>', page) == SECTIONS
-  assert page.count('<figure>') == 1 + 1 + 4 + 1 + 4  # loss, MaxVio, heat maps, throughput, health
+  assert page.count('<figure>') == 1 + 1 + 4 + 3 + 1 + 5  # loss, MaxVio, heat maps, measures, throughput, health
   assert 'No token was dropped' in page
   assert page.index('bits per byte on validation text') < page.index('<h2>')
   assert 'of random balanced routing.' in page
