@@ -138,3 +138,61 @@ def dead_experts(load_LE) -> np.ndarray:
   """
   load_LE = np.asarray(load_LE)
   return ((load_LE == 0) & (load_LE.sum(-1, keepdims=True) > 0)).sum(-1).astype(np.float64)
+
+
+def device_imbalance(load_LE, num_devices: int) -> np.ndarray:
+  """Load of the busiest device / mean load of a device, with the experts split over devices in contiguous runs.
+
+  Args:
+    load_LE: counts, [L, E].
+    num_devices: devices that the experts are spread over; divides E.
+
+  Returns:
+    [L], 1 (balanced) to num_devices.
+
+  Raises:
+    ValueError: num_devices does not divide E.
+  """
+  load_LE = np.asarray(load_LE, np.float64)
+  num_experts = load_LE.shape[-1]
+  if num_devices < 1 or num_experts % num_devices:
+    raise ValueError(f'{num_experts} experts cannot be split evenly over num_devices = {num_devices}')
+  per_device = load_LE.reshape(*load_LE.shape[:-1], num_devices, -1).sum(-1)
+  return _share(per_device).max(-1)
+
+
+def noise_floor(tokens: int, num_experts: int, top_k: int, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+  """What a perfectly balanced random router scores: no finite sample of tokens is spread evenly.
+
+  The router picks K distinct experts per token, uniformly. An expert's load is then binomial with p = K / E, so its
+  variance is T p (1 - p); since the loads sum to T K, two experts' covariance is -variance / (E - 1). The loads are
+  drawn from the Gaussian with these moments, which is close once an expert's expected load T p is some tens.
+
+  Args:
+    tokens: T, tokens that are routed.
+    num_experts: E.
+    top_k: K, experts per token.
+    samples: simulated routings.
+    seed: of the simulation.
+
+  Returns:
+    (expected max_vio, expected cv). The second is about sqrt((1 - K/E) / (T K/E)).
+
+  Raises:
+    ValueError: tokens < 1, or top_k outside 1..num_experts.
+  """
+  if tokens < 1 or not 1 <= top_k <= num_experts:
+    raise ValueError(f'no routing of {tokens} tokens to {top_k} of {num_experts} experts')
+  p = top_k / num_experts
+  noise = np.random.default_rng(seed).standard_normal((samples, num_experts))
+  noise -= noise.mean(-1, keepdims=True)  # covariance of the columns: 1 - 1/E on the diagonal, -1/E off it
+  scale = np.sqrt(tokens * p * (1 - p) * num_experts / max(num_experts - 1, 1))
+  deviation = noise * scale / (tokens * p)  # (load - mean) / mean
+  return float(deviation.max(-1).mean()), float(deviation.std(-1).mean())
+
+
+def _share(load_LE):
+  """load / mean load of the layer; 1 everywhere in a layer without load."""
+  load_LE = np.asarray(load_LE, np.float64)
+  mean_L = load_LE.mean(-1, keepdims=True)
+  return np.where(mean_L > 0, load_LE / np.where(mean_L > 0, mean_L, 1), 1)
