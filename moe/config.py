@@ -124,6 +124,7 @@ class TrainConfig:
   eval_sequences: int = 0  # validation sequences, spread over the text, of a periodic evaluation; 0: all, as at the end
   init_from: str = ''  # run directory whose weights and router bias start this run (moments and step do not)
   profile_steps: str = ''  # 'first:last' writes a trace of these steps to WORKDIR/profile
+  logger: str = 'none'  # none | wandb | mlflow: a service that is told the numbers of all rows, too
   sample_prompt: str = 'def '  # prompt of the generated sample in the report
   sample_tokens: int = 200  # its length; 0: none
 

@@ -25,6 +25,7 @@ def validate(config: 'Config') -> None:
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
   _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
   _at_least(train, 'train', 0, 'seed mtp_weight load_every eval_every eval_sequences sample_tokens')
+  one_of('train.logger', train.logger, ('none', 'wandb', 'mlflow'))
   one_of('train.remat', train.remat, ('none', 'dots', 'full'))
   _require(
     train.batch_size % train.microbatches == 0,

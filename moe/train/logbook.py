@@ -60,7 +60,7 @@ class Logbook:
     """Appends `row` (with its 'step') to `name`.jsonl, and its numbers to TensorBoard. Raises UserError."""
     with self._guarded(name):
       self._append(name, json.dumps(row, allow_nan=False))
-      self._board.add(row['step'], dict(_numbers(row)))
+      self._board.add(row['step'], dict(numbers(row)))
 
   def write_loads(self, step: int, load_LE: np.ndarray, bias_LE: np.ndarray | None = None) -> None:
     """Appends a row to load_history.jsonl, with the router bias if it is given. Raises UserError."""
@@ -106,12 +106,15 @@ class Logbook:
       raise UserError(f'cannot write {name} in {self._path}: {error.strerror}') from error
 
 
-def _numbers(row):
-  """(TensorBoard's tag, number); evaluations are tagged by what they are of, as 'sample/val_loss', 'full/val_loss'."""
+def numbers(row: dict) -> Iterator[tuple[str, float]]:
+  """(TensorBoard's tag, number) of each number in a row.
+
+  Evaluations are tagged by what they are of, as 'sample/val_loss', 'full/val_loss'.
+  """
   of = f'{row["set"]}/' if 'set' in row else ''
   for key, value in row.items():
     if isinstance(value, dict):
-      yield from ((f'{key}/{name}', number) for name, number in _numbers(value))
+      yield from ((f'{key}/{name}', number) for name, number in numbers(value))
     elif key != 'step' and isinstance(value, (int, float)):
       yield of + key, value
 

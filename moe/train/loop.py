@@ -29,6 +29,7 @@ from moe.files.paths import local_path
 from moe.model import flops
 from moe.parallel import mesh, processes
 from moe.train import evaluate, experts, feed, run_dir, state, step
+from moe.train.callbacks import Callback, loggers
 from moe.train.checkpoint import Checkpoints, abstract_like, start_from
 from moe.train.logbook import Logbook
 from moe.validation import profile_range
@@ -37,27 +38,13 @@ NOT_OF_A_SAMPLE = ('load_LE', 'specialisation_bits', 'source_tokens', 'watch')  
 MOST_BIASES = 200  # rows of load_history.jsonl that also hold the router bias
 
 
-class Callback:
-  """Is told of a run as it goes, in every process, after the run's own rows are written; does nothing by itself."""
-
-  def logged(self, run: 'Run', row: dict) -> None:
-    """After a row of metrics.jsonl; `row` as it stands there."""
-
-  def evaluated(self, run: 'Run', row: dict) -> None:
-    """After a row of evals.jsonl; `row` as it stands there."""
-
-  def finished(self, run: 'Run') -> bool:
-    """After the last step and evaluation. False: a signal came (`run.stop()`), and the same command is to go on."""
-    return True
-
-
 def train(config: Config, workdir: str, callbacks: Sequence[Callback] = (), command: str = '') -> bool:
   """Trains, or goes on training, the run in `workdir`.
 
   Args:
     config: as given, with 'auto' where it is left to the mesh.
     workdir: the run's directory, made if missing.
-    callbacks: asked in this order.
+    callbacks: asked in this order, after the logger that train.logger names.
     command: that started the run, for config.json; that of this process if not given.
 
   Returns:
@@ -66,7 +53,7 @@ def train(config: Config, workdir: str, callbacks: Sequence[Callback] = (), comm
   Raises:
     UserError: bad settings, data, mesh, checkpoint or disk; or a loss that is not finite.
   """
-  path = local_path(workdir, 'workdir')
+  path, callbacks = local_path(workdir, 'workdir'), [*loggers(config, say), *callbacks]
   with processes.joined(config.mesh, run_dir.shared_settings(config), _write) as peers:
     mesh.setup_devices(config.mesh)
     device_mesh = mesh.make_mesh(config)
@@ -193,6 +180,8 @@ class Run:
     """Closes the files and waits for checkpoints on their way."""
     with contextlib.ExitStack() as stack:
       stack.callback(self.checkpoints.close)
+      for callback in self.callbacks:
+        stack.callback(callback.closed, self)
       if self.logbook:
         stack.callback(self.logbook.close)
 
