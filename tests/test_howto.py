@@ -11,7 +11,7 @@ import pytest
 from processes import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = sorted(page for page in (ROOT / 'docs/howto').glob('*.md') if page.stem != 'README')
+PAGES = [page for page in sorted((ROOT / 'docs/howto').glob('*.md')) if 'New file `' in page.read_text()]
 NEW_FILE = re.compile(r'New file `([^`]+)`[^\n]*(?:\n[^`\n]+)*\n\n```python\n(.*?)```', re.DOTALL)
 BLOCK = re.compile(r'```(\w+)\n(.*?)```', re.DOTALL)
 
