@@ -11,6 +11,7 @@ CONSTRAINTS := $(wildcard $(KNOWN))
 PIP_INSTALL = install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 INSTALLED := $(VENV)/installed-$(VERSION)
 TORCH_INSTALLED := .venv-torch/installed-$(VERSION)
+FLAX_INSTALLED := .venv-flax/installed-$(VERSION)
 DOCS_INSTALLED := .venv-docs/installed-$(VERSION)
 # What depends on jax, numpy and Python most; not what starts many processes, draws pages or lowers V3.
 FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/train/test_checkpoint.py tests/train/test_programs.py \
@@ -28,9 +29,10 @@ test: versions  ## the whole test suite
 test-fast: versions  ## about half of it
 	$(PYTEST) $(FAST)
 
-test-live: $(TORCH_INSTALLED)  ## our checkpoints in transformers, and theirs here
+test-live: $(TORCH_INSTALLED) $(FLAX_INSTALLED)  ## our checkpoints in transformers, and theirs here; our layer in its last Flax model
 	.venv-torch/bin/python -c 'import torch, transformers'  # without them the tests would skip themselves
 	.venv-torch/bin/python -m pytest tests/interop/test_live_transformers.py
+	.venv-flax/bin/python -m pytest tests/model/test_live_flax.py
 
 lint: $(INSTALLED)  ## what CI checks of the source text
 	$(VENV)/bin/ruff check .
@@ -59,6 +61,12 @@ $(TORCH_INSTALLED): setup.py $(CONSTRAINTS)
 	$(call new_venv,.venv-torch)
 	.venv-torch/bin/pip $(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 transformers==5.24.0
 	.venv-torch/bin/pip $(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+$(FLAX_INSTALLED): setup.py $(CONSTRAINTS)
+	$(call new_venv,.venv-flax)
+	.venv-flax/bin/pip $(PIP_INSTALL) --editable '.[test]'
+	.venv-flax/bin/pip install --quiet 'transformers==4.57.6'  # the last with Flax; it wants older versions of what it needs
 	touch $@
 
 $(DOCS_INSTALLED): docs/requirements.txt
