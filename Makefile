@@ -14,7 +14,7 @@ TORCH_INSTALLED := .venv-torch/installed-$(VERSION)
 FLAX_INSTALLED := .venv-flax/installed-$(VERSION)
 DOCS_INSTALLED := .venv-docs/installed-$(VERSION)
 # What depends on jax, numpy and Python most; not what starts many processes, draws pages or lowers V3.
-FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/train/test_checkpoint.py tests/train/test_programs.py \
+FAST := tests/balance tests/data tests/inference tests/model tests/ops tests/train/test_checkpoint.py tests/train/test_checkpoint_damage.py tests/train/test_programs.py \
   tests/train/test_step.py
 PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile  # a file's shared fixtures are made once
 
