@@ -25,7 +25,7 @@ FLOORS = (
   ('interop',),
   ('inference', 'sweep'),
   ('report',),
-  ('bench',),
+  ('bench', 'plan'),
   ('commands',),
   ('__main__',),
 )

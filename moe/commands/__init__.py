@@ -11,7 +11,9 @@ from absl import flags
 from moe import cli
 from moe.config import nearest
 
-NAMES = ('train', 'evaluate', 'generate', 'ablate', 'report', 'compare', 'thin', 'convert', 'bench', 'python_corpus')
+NAMES = (
+  'train', 'evaluate', 'generate', 'ablate', 'report', 'compare', 'thin', 'convert', 'bench', 'plan', 'python_corpus',
+)  # fmt: skip
 
 flags.disclaim_key_flags()  # flags are the commands'
 
