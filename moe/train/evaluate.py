@@ -1,6 +1,7 @@
 """Evaluation over the validation rows."""
 
 import math
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from moe.train import feed
 from moe.train.experts import Watch
 from moe.train.state import TrainState
 
-SUMS, OF_TOKENS = ('nats', 'predicted', 'load_LE'), ('expert_LBSK', 'weight_LBSK', 'nats_BS')
+SUMS = ('nats', 'predicted', 'load_LE')
 
 
 def evaluate(
@@ -33,12 +34,10 @@ def evaluate(
   chosen = rows.spread(sequences)
   size = config.train.batch_size // config.train.microbatches
   total = None
-  for first in range(0, len(chosen), size):
-    batch = feed.eval_batch(rows, chosen[first : first + size], size, mesh)
-    out = eval_step(state.params, state.balance['bias_LE'], batch)
-    part = jax.device_get({key: out[key] for key in (*SUMS, *(OF_TOKENS if watch else ()))})
+  for batch, out in _one_behind(_results(eval_step, state, rows, chosen, size, mesh)):
+    part = jax.device_get({key: out[key] for key in SUMS})
     if watch:
-      watch.add(chosen[first : first + size], *(part.pop(key) for key in OF_TOKENS))
+      watch.add(batch, *jax.device_get((out['expert_LBSK'], out['nats_BS'])), out['weight_LBSK'])
     # Summed on the host in float64: a large validation set outgrows float32 and int32.
     part = {key: value.astype(np.int64 if key == 'load_LE' else np.float64) for key, value in part.items()}
     total = part if total is None else {key: total[key] + part[key] for key in total}
@@ -55,3 +54,19 @@ def evaluate(
   if config.model.mtp_depth:
     result['val_mtp_loss'] = float(nats[1:].mean())
   return result | (watch.row() if watch else {})
+
+
+def _results(eval_step, state, rows, chosen, size, mesh) -> Iterator[tuple[np.ndarray, dict]]:
+  """(numbers of the rows, what the step gives) of each batch, as the device still works on it."""
+  for first in range(0, len(chosen), size):
+    some = chosen[first : first + size]
+    yield some, eval_step(state.params, state.balance['bias_LE'], feed.eval_batch(rows, some, size, mesh))
+
+
+def _one_behind(items: Iterable) -> Iterator:
+  """The items, each once the next one is begun: the host reads a batch while the device works on the one after it."""
+  before = []
+  for item in items:
+    yield from before
+    before = [item]
+  yield from before

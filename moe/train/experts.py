@@ -57,8 +57,11 @@ class Watch:
     self._nats_S, self._targets_S = np.zeros(count), np.zeros(count, np.int64)
     self._shown = {}
 
-  def add(self, chosen: np.ndarray, expert_LBSK: np.ndarray, weight_LBSK: np.ndarray, nats_BS: np.ndarray) -> None:
-    """A batch: rows `chosen` of the text, and of its first rows what `make_eval_step` says of each token."""
+  def add(self, chosen: np.ndarray, expert_LBSK: np.ndarray, nats_BS: np.ndarray, weight_LBSK) -> None:
+    """A batch: rows `chosen` of the text, and of its first rows what `make_eval_step` says of each token.
+
+    Weights may still be on the device: only the first batch's are read.
+    """
     rows, (count, _, E), kinds = self._rows, self._load_SLE.shape, self._joint_LVE.shape[1]
     at_BS = np.asarray(chosen)[:, None] * rows.seq_len + np.arange(rows.seq_len)
     expert_LBSK, nats_BS = np.asarray(expert_LBSK)[:, : len(at_BS)], np.asarray(nats_BS)[: len(at_BS)]

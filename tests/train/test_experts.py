@@ -26,7 +26,7 @@ def rows():
 
 
 def routed(rows, chosen, rng):
-  """Experts, weights and nats of a batch as the evaluation step gives them, of padding too; positions masked alike."""
+  """Experts, nats and weights of a batch as the evaluation step gives them, of padding too; positions masked alike."""
   batch = rows.padded_rows(chosen, len(chosen) + 1)
   segment, shape = batch['segment_BS'], (MODEL.num_routers, len(chosen) + 1, S, K)
   expert = rng.permuted(np.broadcast_to(np.arange(5), (*shape[:3], 5)), axis=-1)[..., :K].astype(np.int32)
@@ -36,7 +36,7 @@ def routed(rows, chosen, rng):
   expert[:2][:, ~inside] = -1
   expert[2][~further] = -1
   nats = rng.random((len(chosen) + 1, S)).astype(np.float32) * further
-  return expert, rng.random(shape).astype(np.float32) * (expert >= 0), nats
+  return expert, nats, rng.random(shape).astype(np.float32) * (expert >= 0)
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +46,8 @@ def watched(rows):
   names = ['a/', 'b/', 'a/']
   assignments, targets, first = [], [], None
   for chosen in (np.array([0, 1, 2]), np.arange(3, len(rows))):
-    expert, weight, nats = routed(rows, chosen, rng)
-    watch.add(chosen, expert, weight, nats)
+    expert, nats, weight = routed(rows, chosen, rng)
+    watch.add(chosen, expert, nats, weight)
     first = first or [a[:, :3].reshape(3, -1, K) for a in (expert, weight)]  # rows that follow one another
     for b, row in enumerate(chosen):
       for s in range(S):
