@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from our_runs import make_run, nested, random_arrays, read_hf, read_run
 
+import moe
 from moe.commands import run as whole
 from moe.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from moe.data.tokenizer import load_saved
@@ -43,6 +44,31 @@ def test_ours_loaded_by_transformers(variant, tiny_model, tmp_path, mesh_of):
   run = make_run(tmp_path / 'run', config, arrays)
   to_hf.export_run(run, tmp_path / 'hf', 'float32', 20e3 / 1e9)
   compare(config, arrays, tmp_path / 'hf', mesh_of())
+
+
+def test_routers_of_transformers_decide_the_same(tiny_model, tmp_path):
+  """Experts and weights of `moe.open(...).route`, of a folder, beside what their routers give, as sets: theirs are not
+  sorted."""
+  config = Config(model=dataclasses.replace(tiny_model, vocab_size=257))
+  run = make_run(tmp_path / 'run', config, random_arrays(config, std=0.3))
+  to_hf.export_run(run, tmp_path / 'hf', 'float32')
+  opened, ids = moe.open(tmp_path / 'hf', compute='float32', tokenizer='byte'), list(range(3, 60, 2))
+  routes, found = opened.route(ids), []
+  how = {'dtype': torch.float32, 'attn_implementation': 'eager', 'experts_implementation': 'eager'}
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', **how)
+  for layer in model.model.layers:
+    if hasattr(layer.mlp, 'gate'):
+      layer.mlp.gate.register_forward_hook(lambda _, __, out: found.append([one.numpy() for one in out[1:]]))
+  with torch.no_grad():
+    model(torch.tensor([ids]), use_cache=False)
+  assert len(found) == config.model.num_moe_layers
+  for row, (weight_TK, expert_TK) in enumerate(found):
+    theirs, ours = np.argsort(expert_TK, -1), np.argsort(routes.experts[row], -1)
+    in_order = np.take_along_axis
+    np.testing.assert_array_equal(in_order(routes.experts[row], ours, -1), in_order(expert_TK, theirs, -1))
+    np.testing.assert_allclose(
+      in_order(routes.weights[row], ours, -1), in_order(weight_TK, theirs, -1), rtol=1e-3, atol=1e-5
+    )
 
 
 def compare(config, arrays, folder, mesh):
