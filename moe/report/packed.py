@@ -5,7 +5,7 @@ data.json, evals.jsonl without loads, and how many rows of the others it has. Th
 
     metrics/KEY                a value of metrics.jsonl of each row that has it; NaN is what was no number
     has/KEY                    which rows have it, where not all do
-    history/step               steps of load_history.jsonl
+    history/step               steps of load_history.jsonl, whose biases are left out: no report of a sweep shows them
     history/load, evals/load   counts of each row of load_history.jsonl and evals.jsonl, [L, E] of its run, flattened
 
 The same runs make the same bytes. Nothing in the file is code, zip's CRC-32 shows damage, and a file that would grow
