@@ -12,6 +12,8 @@ parameter is sharded (`moe/parallel/sharding.py`). The legend:
     E  experts, all of them              L  layers
     e  experts held by this shard        M  dispatched rows (token copies)
     K  experts per token (top-k)         G  expert groups
+    P  parts of a sum                    W  width of a row of MLA's cache, C + R
+    Q  columns of all heads' queries     X  any number of axes
 
 Other quantities carry their unit in the name: `_s` seconds, `_bytes`, `_per_step`, `_per_s`.
 """
