@@ -13,6 +13,7 @@ import numpy as np
 from moe.config import DataConfig
 from moe.errors import UserError
 from moe.files import read_bytes, replacing
+from moe.files.paths import local_path
 
 DIGEST = 'sha256'  # key of the digest of all other values of a file
 
@@ -20,10 +21,11 @@ DIGEST = 'sha256'  # key of the digest of all other values of a file
 def cache_dir(data: DataConfig) -> Path | None:
   """Folder for derived files: `data.cache_dir`, else moe-lossfree below $XDG_CACHE_HOME or ~/.cache.
 
-  None, so that nothing is kept, where there is no home or the folder cannot be made or written to.
+  None, so that nothing is kept, where there is no home or the folder cannot be made or written to. Raises UserError if
+  data.cache_dir is no path.
   """
   if data.cache_dir:
-    return Path(os.path.expanduser(data.cache_dir))
+    return local_path(data.cache_dir, 'config data.cache_dir')
   path = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')) / 'moe-lossfree'
   try:
     if path.is_absolute():  # '~' stays where there is no home

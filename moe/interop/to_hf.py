@@ -46,6 +46,8 @@ def export_run(
   if not 0 < max_shard_gb < math.inf:
     raise UserError(f'max_shard_gb = {max_shard_gb} must be above 0')
   config, tokenizer, said = read_config(run), _read_tokenizer(run), folder_tokens.read(run)
+  if target.resolve() == (run / folder_tokens.KEPT).resolve():
+    raise UserError(f'{target} is where a run keeps its tokenizer; export it to another folder')
   check_layers(run, config.model)
   bos_id, kept = tokenizer.bos_id if tokenizer else None, _kept_fields(run, config, said)
   hf = hf_config.to_hf(config, dtype, bos_id, quantize, kept)

@@ -115,6 +115,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   assert cache_dir(DataConfig()) == tmp_path / '.cache/moe-lossfree'
   assert cache_dir(DataConfig(cache_dir='~/mine')) == tmp_path / 'mine'
+  with pytest.raises(UserError, match=r"config data\.cache_dir = '~nobody-of-that-name/cache': .* without ~"):
+    cache_dir(DataConfig(cache_dir='~nobody-of-that-name/cache'))
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
   assert cache_dir(DataConfig()) == tmp_path / 'xdg/moe-lossfree'
 

@@ -15,6 +15,7 @@ import pytest
 import tensorstore as ts
 import tokenizers
 from our_runs import make_run, random_arrays, read_hf, read_run
+from processes import script
 from safetensors.numpy import load_file, save_file
 
 from configs import deepseek_v3
@@ -376,6 +377,10 @@ def test_refused_exports_leave_nothing(tiny_model, tmp_path, monkeypatch):
     to_hf.export_run(run, target, max_shard_gb=0)
   with pytest.raises(UserError, match='exists already'):
     to_hf.export_run(run, run)
+  with pytest.raises(UserError, match='hf is where a run keeps its tokenizer'):
+    to_hf.export_run(run, run / 'hf')
+  with pytest.raises(UserError, match=r'--config\.mesh\.expert is for --from_hf'):
+    script('convert', f'--run={run}', f'--to_hf={target}', '--config.mesh.expert=2')
   other = make_run(tmp_path / 'other', config, random_arrays(config))
   text = (other / 'config.json').read_text().replace('"d_ff": 12', '"d_ff": 13')
   (other / 'config.json').write_text(text)
