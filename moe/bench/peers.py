@@ -195,7 +195,7 @@ class Generation:
     with torch.no_grad():
       for tensor in names.table(dataclasses.replace(model, mtp_depth=0)):
         if not tensor.is_expert:
-          slots[tensor.name].copy_(_tensor(tensor.pack(lambda view: arrays[view.name][view.index])))
+          slots[tensor.name].copy_(_tensor(tensor.pack(lambda view: arrays[view.name][view.place])))
       for layer in range(model.num_moe_layers):
         experts = self.model.model.layers[model.num_dense_layers + layer].mlp.experts
         experts.gate_up_proj[:, :F].copy_(_tensor(arrays['layers.experts.w_gate_eDF'][layer]).mT)

@@ -16,10 +16,10 @@ EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
 
 
 class View(NamedTuple):
-  """A part of one of our arrays: `index` goes between numpy's brackets."""
+  """A part of one of our arrays: `place` goes between numpy's brackets."""
 
   name: str
-  index: tuple = ()
+  place: tuple = ()
 
 
 class Tensor(NamedTuple):
@@ -82,7 +82,7 @@ class Tensor(NamedTuple):
 
   def _parts(self, shapes):
     # The shape of a part is numpy's to tell: one number, seen as an array of any size.
-    return [np.broadcast_to(np.float32(0), shapes[view.name])[view.index].shape for view in self.views]
+    return [np.broadcast_to(np.float32(0), shapes[view.name])[view.place].shape for view in self.views]
 
   def _joined(self, shapes):
     joined = list(shapes[0])
@@ -98,7 +98,7 @@ def overlap(view: View, shape: tuple[int, ...], box: tuple[slice, ...]) -> tuple
   """
   in_box, in_view = [], []
   for axis, (size, edge) in enumerate(zip(shape, box, strict=True)):
-    item = view.index[axis] if axis < len(view.index) else slice(None)
+    item = view.place[axis] if axis < len(view.place) else slice(None)
     start, stop = item.indices(size)[:2] if isinstance(item, slice) else (item, item + 1)
     first, last = max(edge.start, start), min(edge.stop, stop)
     if first >= last:

@@ -47,8 +47,8 @@ class RunWeights:
     The experts of a layer, which follow each other in an export, are read together: the checkpoint's chunks hold many.
     """
     if '.experts.' not in view.name:
-      return self._read(view.name, view.index)
-    *piece, expert = view.index
+      return self._read(view.name, view.place)
+    *piece, expert = view.place
     return self._piece(view.name, tuple(piece))[expert]
 
   def _read(self, name, index):

@@ -167,7 +167,7 @@ def test_table_covers_every_parameter_once(tiny_model):
   arrays = {name: np.zeros(array.shape, int) for name, array in random_arrays(Config(model=tiny_model)).items()}
   for tensor in names.table(tiny_model):
     for view in tensor.views:
-      arrays[view.name][view.index] += 1
+      arrays[view.name][view.place] += 1
   for name, count_VD in (('w_embedding_VD', arrays['w_embedding_VD']), ('w_head_DV', arrays['w_head_DV'].T)):
     assert (count_VD[tiny_model.vocab_size :] == 0).all()
     arrays[name] = count_VD[: tiny_model.vocab_size]

@@ -38,7 +38,7 @@ def test_tiles_cover_every_row_of_one_expert_each(size_e, tile_m):
   tiles = jax.device_get(tile_table(jnp.asarray(size_e, jnp.int32), 512, tile_m))
   expert_M = np.repeat(np.arange(len(size_e)), size_e)
   stored = np.zeros(len(expert_M), bool)
-  count = tiles.count[0]
+  count = tiles.used[0]
   assert count == sum(-(-size // tile_m) for size in size_e) <= len(tiles.row)
   for expert, row, rows in zip(tiles.expert[:count], tiles.row[:count], tiles.rows[:count], strict=True):
     assert row % ROW_MULTIPLE == 0

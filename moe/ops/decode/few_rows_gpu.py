@@ -72,9 +72,9 @@ class Item(NamedTuple):
   """A run of rows of one expert, or past all experts' rows: `past`, and `expert` means nothing."""
 
   expert: jax.Array
-  row: jax.Array
-  count: jax.Array
-  past: jax.Array
+  row: jax.Array  # first row
+  rows: jax.Array | int
+  past: jax.Array | bool
 
 
 def item_rows(rows: int, experts: int) -> int:
@@ -230,13 +230,14 @@ def _as_float16(x_MK):
 
 
 def _kernel(x, *refs, plan: Plan):
-  refs, out = list(refs[:-1]), refs[-1]
-  factor = refs.pop(0) if plan.scaled else None
-  of_items = None if plan.items == 'dense' else refs.pop()
-  ws = refs if plan.kind is jax.Array else [plan.kind(*refs[i : i + 2]) for i in range(0, len(refs), 2)]
+  *of_weights, out = refs
+  factor = of_weights.pop(0) if plan.scaled else None
+  of_items = None if plan.items == 'dense' else of_weights.pop()
+  pairs = zip(of_weights[::2], of_weights[1::2], strict=False)
+  ws = of_weights if plan.kind is jax.Array else [plan.kind(*pair) for pair in pairs]
   tile, rows = plan.tile, plan.rows
   item, x_row = _item(of_items, x, out, plan)
-  mine, column = jnp.arange(rows) < item.count, pl.program_id(1) * tile.columns
+  mine, column = jnp.arange(rows) < item.rows, pl.program_id(1) * tile.columns
 
   def step(j, sums):
     at = [(j * tile.unroll + u) * tile.depth for u in range(tile.unroll)]
@@ -253,9 +254,9 @@ def _kernel(x, *refs, plan: Plan):
   sums = lax.fori_loop(first, last, step, tuple(jnp.zeros((height, tile.columns)) for _ in ws))
   if rows == 1:
     sums = [total.sum(0, keepdims=True) for total in sums]
-  unit = DECODED if plan.kind is Mxfp4Weight else 1.0
-  if plan.scaled:
-    unit *= plt.load(factor.at[pl.ds(x_row, rows)], mask=mine, other=0)[:, None]
+  unit: jax.Array | float = DECODED if plan.kind is Mxfp4Weight else 1.0
+  if factor is not None:
+    unit = unit * plt.load(factor.at[pl.ds(x_row, rows)], mask=mine, other=0)[:, None]
   sums = [total * unit for total in sums]
   here = mine[:, None] & (column + jnp.arange(tile.columns) < plan.N)[None]
   results = sums if plan.parts > 1 else [finish(sums)]
@@ -307,8 +308,9 @@ def _load_rows(x, row, mine, k, plan):
 def _finish_row(x, row, mine, k, plan):
   """The same of an item that is one row, from parts of both products: [2 P, M, K] or [2 P, M, K / 2, 2]."""
   ways = _ways(plan.kind)
-  columns = pl.ds(k // ways, plan.tile.depth // ways)
-  inside = k // ways + jnp.arange(columns.size) < plan.K // ways
+  width = plan.tile.depth // ways
+  columns = pl.ds(k // ways, width)
+  inside = k // ways + jnp.arange(width) < plan.K // ways
 
   def load(i, way):
     at = x.at[row * 0 + i, row, columns]  # no constant index, as above

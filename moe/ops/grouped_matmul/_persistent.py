@@ -31,9 +31,9 @@ DEFAULT_SMS = 132  # of an H100, where the program is only lowered
 
 
 class Tiles(NamedTuple):
-  """Tiles of rows, in row order. count: int32 [1]; the others per tile, of which the first `count` are used."""
+  """Tiles of rows, in row order. used: int32 [1]; the others per tile, of which the first `used` are used."""
 
-  count: jax.Array
+  used: jax.Array
   expert: jax.Array
   row: jax.Array  # first row
   rows: jax.Array  # rows to store: those of a tile, or the whole of a smaller expert
@@ -58,7 +58,7 @@ def tile_of(i, tiles: Tiles, n_tiles: int, tile_n: int):
   Goes in bands of BAND row tiles; inside, all row tiles of a band before the next column tile.
   """
   first = i // (BAND * n_tiles) * BAND
-  width = jnp.minimum(BAND, tiles.count[0] - first)
+  width = jnp.minimum(BAND, tiles.used[0] - first)
   inside = i - first * n_tiles
   m, n = first + inside % width, inside // width
   return tiles.expert[m], pl.multiple_of(tiles.row[m], ROW_MULTIPLE), tiles.rows[m], n * tile_n
@@ -175,8 +175,10 @@ def smem(shape, dtype):
   """Shared memory: swizzled for the tensor cores if a slot of it is a matrix, else plain."""
   if len(shape) < 3:
     return plgpu.SMEM(shape, dtype)
-  tiling = plgpu.TilingTransform((ROW_MULTIPLE, swizzled_width(dtype)))
-  return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE_BYTES)))
+  # jax 0.12 declares a method of its protocol and not of these two, which mypy takes for abstract.
+  tiling = plgpu.TilingTransform((ROW_MULTIPLE, swizzled_width(dtype)))  # type: ignore[abstract, unused-ignore]
+  swizzle = plgpu.SwizzleTransform(SWIZZLE_BYTES)  # type: ignore[abstract, unused-ignore]
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 def swizzled_width(dtype) -> int:

@@ -224,8 +224,8 @@ def test_work_items_cover_every_row_once(load):
   seen = []
   for i in range(groups + (rows - groups) // tile):
     item = item_of(i, jnp.array([*sizes, 0, 0], jnp.int32), rows, tile)
-    assert item.count <= tile
-    mine = list(range(int(item.row), int(item.row) + int(item.count)))
+    assert item.rows <= tile
+    mine = list(range(int(item.row), int(item.row) + int(item.rows)))
     assert all(row >= len(owner) if item.past else owner[row] == item.expert for row in mine)
     seen += mine
   assert seen == list(range(rows))
