@@ -98,7 +98,8 @@ class LoadHistory(Sequence):
       UserError: the file cannot be read, or a row is no JSON object with a step, or out of order.
     """
     self._path, self._shape = path, shape
-    self._places = []  # (step, line, first byte, bytes), whether there is a bias
+    # (step, line, first byte, bytes), whether there is a bias
+    self._places: list[tuple[tuple[int, int, int, int], bool]] = []
     if os.path.lexists(path):
       self._find(again)
 

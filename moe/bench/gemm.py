@@ -1,7 +1,7 @@
 """Grouped matmul backends beside one dense matmul of the same FLOPs and, on a GPU, torch's grouped_mm."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,11 @@ def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dic
   if timing.torch() and dtype == jnp.bfloat16:
     calls |= {('torch grouped_mm', product): call for product, call in torch_products(shape, size_e).items()}
   times_s = timing.median_s(calls, repeats, inner)
-  rows = []
+  rows: list[dict[str, Any]] = []
   for name in dict.fromkeys(name for name, _ in calls):
     taken_s = [times_s[name, product] for product in PRODUCTS]
     flops = 2 * (M if name == 'dense' else int(size_e.sum())) * D * F
-    row = {
+    row: dict[str, Any] = {
       'shape': 'x'.join(map(str, shape)),
       'name': name,
       's': sum(taken_s),

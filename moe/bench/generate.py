@@ -16,6 +16,7 @@ from moe.inference import generate, quantize, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.parallel.mesh import make_mesh, platform_of
+from moe.parallel.resolved import Resolved
 from moe.train import state
 from moe.train.checkpoint import flatten
 from moe.train.step import resolve
@@ -48,7 +49,7 @@ def measure(config: Config, repeats: int, devices: int = 1) -> list[dict]:
   for scheme in quantize.SCHEMES:
     timing.say(f'generate: weights in scheme {scheme}')
     placed = {mesh: jax.device_put((params, bias_LE), NamedSharding(mesh, P())) for mesh in set(meshes)}
-    ready = {mesh: weights.prepare(*trees, config, mesh, scheme) for mesh, trees in placed.items()}
+    ready = {mesh: weights.prepare(w, bias, config, mesh, scheme) for mesh, (w, bias) in placed.items()}
     del placed
     for batch, mesh in zip(BATCHES, meshes, strict=True):
       name = f'ours {compute.name}' if scheme == 'none' else f'ours {scheme}'
@@ -68,7 +69,7 @@ def _over(config, data: int) -> Config:
   return dataclasses.replace(config, mesh=MeshConfig(data=data))
 
 
-def ours(ready, config: Config, mesh, batch: int, repeats: int, bytes_per_s: float) -> dict:
+def ours(ready, config: Resolved, mesh, batch: int, repeats: int, bytes_per_s: float) -> dict:
   """One contender's row. 'of_floor': the time that reading the weights must take, over the time a step takes."""
   timing.say(f'generate: batch {batch}, compile')
   settings = Settings(config, Sampling(), eos_ids=(), capacity=PROMPT + NEW, drafts=0)

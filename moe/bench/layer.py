@@ -1,7 +1,8 @@
 """Forward + backward of a MoE layer, router to combine, beside Hugging Face's with the same weights and tokens."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,9 @@ def measure(
 ) -> list[dict]:
   """A row per contender: ours, ours in FP8 and, where torch and transformers are, Hugging Face's."""
   say = lambda what: timing.say(f'layer {shape}: {what}')
-  inputs, found, calls = make_inputs(shape, compute), {}, {}
+  inputs = make_inputs(shape, compute)
+  found: dict[str, dict[str, Any]] = {}
+  calls: dict[str, Callable] = {}
   plain = f'ours {compute}'.replace('bfloat', 'bf')
   for name, fp8 in ((plain, ''), ('ours fp8', FP8)):
     with rows.attempt(found, name):

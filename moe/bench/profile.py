@@ -29,7 +29,8 @@ def top_kernels(call: Callable, calls: int = 3, count: int = 10) -> list[tuple[s
       synchronize(result)
     files = list(pathlib.Path(folder).rglob('*.xplane.pb'))
     events = [event for file in files for event in _kernel_events(ProfileData.from_file(str(file)))]
-  taken_ns, launches = collections.Counter(), collections.Counter()
+  taken_ns: collections.Counter[str] = collections.Counter()
+  launches: collections.Counter[str] = collections.Counter()
   for name, ns in events:
     taken_ns[name] += ns
     launches[name] += 1

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ PEERS = ('torch', 'Hugging Face')
 
 
 @contextlib.contextmanager
-def attempt(found: dict, name: str) -> Iterator[None]:
+def attempt(found: dict, name: Hashable) -> Iterator[None]:
   """Turns an exception into a row that says so: the other contenders' numbers are worth having all the same."""
   try:
     yield
@@ -34,15 +35,15 @@ def beside_peer(rows: list[dict], peer: str) -> list[dict]:
 
 def geometric_means(rows: list[dict]) -> dict[str, float]:
   """Contender -> geometric mean over the shapes of its rate / the peer's; {} without peers."""
-  rates = {}
+  rates: dict[str, dict[str, float]] = {}
   for row in rows:
     if 'tflop_per_s' in row:
       rates.setdefault(row['shape'], {})[row['name']] = row['tflop_per_s']
-  logs = {}
+  logs: dict[str, list[float]] = {}
   for of_shape in rates.values():
     peer = next((rate for name, rate in of_shape.items() if name.startswith(PEERS)), None)
-    for name, rate in of_shape.items() if peer else ():
-      if not name.startswith(('dense', *PEERS)):
+    for name, rate in of_shape.items():
+      if peer and not name.startswith(('dense', *PEERS)):
         logs.setdefault(name, []).append(np.log(rate / peer))
   return {name: float(np.exp(np.mean(ratios))) for name, ratios in logs.items()}
 
@@ -56,7 +57,7 @@ def show(suite: str, machine: str, results: list[dict], notes: list[str], path: 
       print(profile.table(row['profile']))
   means = geometric_means(results)
   if path:
-    found = {'suite': suite, 'machine': machine, 'results': results}
+    found: dict[str, Any] = {'suite': suite, 'machine': machine, 'results': results}
     found |= {'geometric_mean_of_peer': means} if means else {}
     write_atomically(local_path(path, '--json'), json.dumps(found, indent=2) + '\n')
   print('\n'.join([machine, *filter(None, notes)]))

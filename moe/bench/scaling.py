@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -31,7 +32,8 @@ def measure(
     'tokens': [shape._replace(T=count) for count in tokens],
   }
   checked = {sweep[i] for sweep in sweeps.values() for i in (0, -1)}
-  found, calls = {}, {}
+  found: dict[Shape, dict[str, Any]] = {}
+  calls = {}
   for one in dict.fromkeys(one for sweep in sweeps.values() for one in sweep):
     with rows.attempt(found, one):
       timing.say(f'scaling {one}: compile{" and check" if one in checked else ""}')

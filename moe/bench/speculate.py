@@ -1,6 +1,7 @@
 """Generation by a trained model, one sequence at a time: plain, and with drafts of its MTP module."""
 
 import statistics
+from typing import Any
 
 from moe.bench import timing
 from moe.inference import generate, weights
@@ -34,7 +35,7 @@ def measure(model: Model, repeats: int) -> list[dict]:
   for temperature in TEMPERATURES:
     settings = [Settings(model.config, Sampling(temperature), (), capacity, drafts) for drafts in DRAFTS]
     generators = {how.drafts: generate.Generator(ready, how, model.mesh, 1, steps_per_call=32) for how in settings}
-    calls = {drafts: [] for drafts in DRAFTS}
+    calls: dict[int, list] = {drafts: [] for drafts in DRAFTS}
     for turn in range(repeats + 1):  # the first compiles
       for drafts, generator in generators.items():
         if not turn:
@@ -50,7 +51,7 @@ def measure(model: Model, repeats: int) -> list[dict]:
 def _row(temperature: float, drafts: int, turns: list, plain: list) -> dict:
   """turns, plain: of each repetition the results of all prompts."""
   rate = lambda turn: sum(stats.decoded_tokens for _, stats in turn) / sum(stats.decode_s for _, stats in turn)
-  row = {'shape': f'temperature {temperature}', 'name': f'{drafts} drafts'}
+  row: dict[str, Any] = {'shape': f'temperature {temperature}', 'name': f'{drafts} drafts'}
   row['decode_tokens_per_s'] = statistics.median(map(rate, turns))
   all_stats = [stats for turn in turns for _, stats in turn]
   if drafts:

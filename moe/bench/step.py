@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def collect(config: Config, names, command, dense_tflop_per_s: float) -> list[di
     command: name -> arguments of the process.
     dense_tflop_per_s: rate of a dense product on the same machine.
   """
-  found = {}
+  found: dict[str, dict[str, Any]] = {}
   for name in names:
     with rows.attempt(found, name):
       timing.say(f'step: {name}, in its own process')
@@ -70,6 +71,7 @@ def collect(config: Config, names, command, dense_tflop_per_s: float) -> list[di
 def contender(name: str, config: Config, repeats: int, profiled: bool = False) -> dict:
   """The row of one contender, measured in this process; AssertionError if its losses are not those of a training."""
   token_BS = random_tokens(config)
+  call: peers.Training | Training
   if name == peers.NAME:
     timing.say(f'{name}: make the model')
     call = peers.Training(config, token_BS)
@@ -80,10 +82,10 @@ def contender(name: str, config: Config, repeats: int, profiled: bool = False) -
   else:
     fp8 = layer.FP8 if name == OURS_FP8 else ''
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8=fp8))
-    call = Training(config, token_BS)
+    call = ours = Training(config, token_BS)
     found = {
       'state': f'masters float32, moments {config.optimizer.moments}, compute {config.precision.compute}',
-      'kernels': timing.kernels(call.compiled),
+      'kernels': timing.kernels(ours.compiled),
     }
   timing.say(f'{name}: steps')
   s, losses = run(call, repeats)

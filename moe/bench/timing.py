@@ -4,16 +4,18 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 GIB = 2**30
+Name = TypeVar('Name', bound=Hashable)
 
 
-def median_s(calls: Mapping[str, Callable], repeats: int, inner: int = 1) -> dict[str, float]:
+def median_s(calls: Mapping[Name, Callable], repeats: int, inner: int = 1) -> dict[Name, float]:
   """Median seconds of each call, after a warm-up; taken in turn, so that all meet the same noise.
 
   Args:
@@ -21,7 +23,7 @@ def median_s(calls: Mapping[str, Callable], repeats: int, inner: int = 1) -> dic
     repeats: rounds.
     inner: calls per measurement; more than 1 hides the launch behind the work of the call before, as in a train step.
   """
-  times = {name: [] for name in calls}
+  times: dict[Name, list[float]] = {name: [] for name in calls}
   for call in calls.values():
     synchronize(call())
   for _ in range(repeats):

@@ -49,4 +49,5 @@ def _usage(_):
 
 def _first_line(name):
   """Of a command's docstring, read without the seconds that importing it takes."""
-  return ast.get_docstring(ast.parse((Path(__file__).parent / f'{name}.py').read_text())).splitlines()[0]
+  docstring = ast.get_docstring(ast.parse((Path(__file__).parent / f'{name}.py').read_text()))
+  return (docstring or '').split('\n')[0]

@@ -59,6 +59,7 @@ def run_sweep(workdir: pathlib.Path) -> list[jobs.Result]:
   if not all(0 <= flag.value <= MOST_AT_A_TIME for flag in (JOBS, GPUS, CPUS)):
     raise UserError(f'--jobs, --gpus_per_run and --cpus_per_run must be 0 to {MOST_AT_A_TIME}')
   limit = JOBS.value or (len(wanted) * len(sweep.seeds) if BACKEND.value == 'ray' else 1)
+  backend: backends.Ray | backends.Local
   if BACKEND.value == 'ray':
     backend = backends.Ray(RAY_ADDRESS.value, CPUS.value, GPUS.value)
   else:

@@ -61,6 +61,8 @@ CONTENDER = flags.DEFINE_enum(
 
 
 def gemm(hopper: bool) -> list[dict]:
+  shapes: tuple[gemm_suite.Shape, ...]
+  backends: tuple[str, ...]
   if hopper:
     shapes, backends, dtype, inner = gemm_suite.GPU_SHAPES, ('mosaic_gpu',), jnp.bfloat16, 10
   else:
@@ -83,7 +85,8 @@ def layer(hopper: bool) -> list[dict]:
 
 def scaling(hopper: bool) -> list[dict]:
   sweeps = scaling_suite.GPU_SWEEPS if hopper else scaling_suite.CPU_SWEEPS
-  found = scaling_suite.measure(*sweeps, *_compute_dense_repeats_inner(hopper), PROFILE.value)
+  shape, experts, tokens = sweeps
+  found = scaling_suite.measure(shape, experts, tokens, *_compute_dense_repeats_inner(hopper), PROFILE.value)
   if JSON.value:
     scaling_suite.plot(found, pathlib.Path(JSON.value).with_suffix('.png'))
   return found
@@ -111,7 +114,7 @@ def speculate(hopper: bool) -> list[dict]:
   return speculate_suite.measure(load(local_path(CHECKPOINT.value, '--checkpoint'), MeshConfig()), REPEATS.value)
 
 
-def _compute_dense_repeats_inner(hopper):
+def _compute_dense_repeats_inner(hopper: bool) -> tuple[str, float, int, int]:
   compute, size, inner = ('bfloat16', 8192, 5) if hopper else ('float32', 1024, 1)
   return compute, timing.dense_tflop_per_s(size, compute, REPEATS.value, inner), REPEATS.value, inner
 

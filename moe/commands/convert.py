@@ -33,13 +33,13 @@ def main(argv):
     raise UserError('--run is missing; give a run directory, such as --run=runs/tiny')
   if bool(TO_HF.value) == bool(FROM_HF.value):
     raise UserError('give one of --to_hf=FOLDER and --from_hf=FOLDER')
-  run = local_path(RUN.value, '--run')
+  run, lines = local_path(RUN.value, '--run'), []
   if TO_HF.value:
     for name in flags.FLAGS:
       if name.split('.')[0] == 'config' and flags.FLAGS[name].present:
         raise UserError(f'--{name} is for --from_hf; what --to_hf writes follows from the run')
     target = local_path(TO_HF.value, '--to_hf')
     lines = to_hf.export_run(run, target, DTYPE.value, MAX_SHARD_GB.value, QUANTIZE.value)
-  else:
+  elif FROM_HF.value:
     lines = from_hf.import_run(local_path(FROM_HF.value, '--from_hf'), run, CONFIG())
   print(*lines, sep='\n')

@@ -17,12 +17,11 @@ from moe.data.batches import pack
 from moe.data.corpus import load_corpus
 from moe.data.prepare import check_text
 from moe.errors import UserError
-from moe.files.paths import local_path
 from moe.inference import flags as model_flags
 from moe.inference import quantize
 from moe.train import evaluate
 from moe.train.experts import Watch
-from moe.train.state import TrainState
+from moe.train.state import Weights
 from moe.train.step import make_eval_step
 
 flags.adopt_module_key_flags(model_flags)
@@ -41,13 +40,13 @@ def main(argv):
   data = model.config.data if PATHS.value is None else dataclasses.replace(model.config.data, paths=PATHS.value)
   corpus = load_corpus(data)
   if PATHS.value is None:
-    check_text(local_path(model_flags.CHECKPOINT.value, '--checkpoint'), corpus)
+    check_text(model_flags.checkpoint(), corpus)
   rows = pack(corpus.val, model.tokenizer, data.seq_len, 'the validation text')
   shards = model_flags.DATA.value * model_flags.EXPERT.value
   size = -(-BATCH.value // shards) * shards
   config = dataclasses.replace(model.config, train=dataclasses.replace(model.config.train, batch_size=size))
   params = quantize.rounded(model.params, QUANTIZE.value)
-  state, step = TrainState((), params, {'bias_LE': model.bias_LE}, ()), make_eval_step(config, model.mesh)
+  state, step = Weights(params, {'bias_LE': model.bias_LE}), make_eval_step(config, model.mesh)
   evaluate.evaluate(step, state, rows, config, model.mesh, 1)  # compiles
   start = time.perf_counter()
   watch = Watch(rows, model.config.model, model.tokenizer)

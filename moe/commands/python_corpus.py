@@ -41,7 +41,8 @@ def main(argv):
   if out.exists():
     raise UserError(f'--out = {OUT.value!r} exists; choose another folder or delete it')
   plan = {'wheels': [wheel.name for wheel in wheels], 'max_kb': MAX_KB.value, 'max_package_mb': MAX_PACKAGE_MB.value}
-  seen, written = set(), 0
+  seen: set[bytes] = set()
+  written = 0
   with new_folder(out, plan) as partial:
     for wheel in tqdm.tqdm(wheels, unit='package'):
       for digest, name, text in _chosen(wheel, seen):
@@ -57,7 +58,7 @@ def main(argv):
 
 def _chosen(wheel: pathlib.Path, seen: set[bytes]) -> list[tuple[bytes, str, bytes]]:
   """(digest, path, text) of a package's share of the files whose digests are not in `seen`."""
-  found = {}
+  found: dict[bytes, tuple[str, bytes]] = {}  # digest -> (path, text)
   try:
     with zipfile.ZipFile(wheel) as opened:
       for info in opened.infolist():

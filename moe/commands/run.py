@@ -24,7 +24,7 @@ class Sample(loop.Callback):
   """Writes sample.txt, if one is wanted."""
 
   def finished(self, run: loop.Run) -> bool:
-    train, weights, text = run.config.train, (run.state.params, run.state.balance['bias_LE']), None
+    train, params, bias_LE, text = run.config.train, run.state.params, run.state.balance['bias_LE'], None
     if train.sample_tokens:
       with loop.progress(0, train.sample_tokens, 'token', 'sample', leave=False) as bar:
 
@@ -32,8 +32,8 @@ class Sample(loop.Callback):
           bar.update(len(tokens))
           return run.stop()
 
-        what = train.sample_prompt, train.sample_tokens, SAMPLING, train.seed
-        text = continuation(*weights, run.tokenizer, run.config, run.mesh, *what, on_tokens)
+        model = params, bias_LE, run.tokenizer, run.config, run.mesh
+        text = continuation(*model, train.sample_prompt, train.sample_tokens, SAMPLING, train.seed, on_tokens)
     if run.stop():
       return False
     if run.logbook and text is not None:

@@ -68,7 +68,7 @@ class Rows:
     row['segment_BS'][0, : len(tokens)] = document - document[0] + 1
     return {'token_S': row['token_BS'][0], 'segment_S': row['segment_BS'][0]}
 
-  def padded_rows(self, chosen: Sequence[int], num_rows: int) -> dict[str, np.ndarray]:
+  def padded_rows(self, chosen: Sequence[int] | np.ndarray, num_rows: int) -> dict[str, np.ndarray]:
     """Rows `chosen`, and padding (segment 0) up to `num_rows`: `token_BS` and `segment_BS`, int32 [num_rows, S+1]."""
     batch = _padding(num_rows, self.seq_len)
     for b, i in enumerate(chosen):

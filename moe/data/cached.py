@@ -38,7 +38,7 @@ def cache_dir(data: DataConfig) -> Path | None:
 def use_compilation_cache(data: DataConfig) -> None:
   """Keeps compiled programs on disk, unless JAX's own setting already says where, or there is no cache."""
   folder = cache_dir(data)
-  if folder and not jax.config.jax_compilation_cache_dir:
+  if folder and not jax.config.values['jax_compilation_cache_dir']:
     jax.config.update('jax_compilation_cache_dir', str(folder / 'xla'))
 
 
@@ -85,7 +85,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _write(path: Path, values: dict[str, np.ndarray], data: DataConfig):
   try:
     with replacing(path) as temporary, temporary.open('wb') as file:
-      np.savez(file, **values, **{DIGEST: np.asarray(_digest(values))})
+      # mypy thinks that ** might hold numpy's own allow_pickle.
+      np.savez(file, **values, **{DIGEST: np.asarray(_digest(values))})  # type: ignore[arg-type]
   except UserError as error:
     if data.cache_dir:
       raise UserError(f'{error}; data.cache_dir = {data.cache_dir!r} names the folder') from error
@@ -97,5 +98,5 @@ def _digest(values: dict[str, np.ndarray]) -> str:
   sha = hashlib.sha256()
   for key, value in sorted(values.items()):
     sha.update(f'{key} {value.dtype.str} {value.shape}\n'.encode())
-    sha.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8) if value.size else b'')
+    sha.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else b'')
   return sha.hexdigest()

@@ -72,11 +72,11 @@ def load_corpus(data: DataConfig, leave_out: Iterable[Path] = ()) -> Corpus:
   Raises:
     UserError: naming the path (and line or row) that is missing, unsupported, empty, binary or malformed.
   """
+  found: list[Document | None]
   if data.paths:
-    name, documents = data.paths, _named_files(data, leave_out)
+    name, found = data.paths, list(_named_files(data, leave_out))
   else:
-    name, documents = f'Python {sys.version_info.major}.{sys.version_info.minor} standard library', _stdlib()
-  found = list(documents)
+    name, found = f'Python {sys.version_info.major}.{sys.version_info.minor} standard library', list(_stdlib())
   documents = [document for document in found if document is not None]
   if not documents:
     raise UserError(f'no text in {name!r}: every file or record of data.paths is empty')
@@ -84,13 +84,13 @@ def load_corpus(data: DataConfig, leave_out: Iterable[Path] = ()) -> Corpus:
   return Corpus(*split(documents, data.val_fraction), name, len(found) - len(documents))
 
 
-def _split_documents(documents: list[Document], fraction: float):
+def _split_documents(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
   by_hash = sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
   num_val = min(max(1, round(fraction * len(documents))), len(documents) - 1)
   return sorted(by_hash[num_val:]), by_hash[:num_val]
 
 
-def _split_text(documents: list[Document], fraction: float):
+def _split_text(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
   ((name, text),) = documents
   cut = min(max(1, round(len(text) * (1 - fraction))), len(text) - 1)
   newline = text.rfind(b'\n', max(0, cut - NEAR_BYTES), cut)

@@ -27,14 +27,14 @@ def find(paths: str, leave_out: Iterable[Path] = ()) -> list[tuple[str, bool]]:
     UserError: naming the entry or file that is missing, unsupported, no regular file, or itself to be left out.
   """
   own = frozenset(os.path.realpath(folder) for folder in leave_out)
-  explicit = {}
+  explicit: dict[str, bool] = {}
   for entry in paths.split(','):
     if not entry.strip():
       raise UserError(f'config data.paths = {paths!r} has an empty entry between its commas; remove it')
     for path, named in _expand(entry.strip(), own):
       path = os.path.abspath(path)
       explicit[path] = explicit.get(path, False) or named
-  same = {}
+  same: dict[tuple[int, int] | str, list[str]] = {}
   for path in sorted(explicit):
     same.setdefault(_identity(path, regular(Path(path))), []).append(path)
   best = lambda names: min(names, key=lambda path: (os.path.realpath(path) != path, path)) if names[1:] else names[0]
@@ -130,6 +130,6 @@ def _is_ours(folder: str, own: frozenset[str]) -> bool:
   return os.path.realpath(folder) in own or has('sweep.json') or has('config.json', 'checkpoints')
 
 
-def _identity(path: str, found: os.stat_result):
+def _identity(path: str, found: os.stat_result) -> tuple[int, int] | str:
   """Equal for two paths of one file or folder."""
   return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)  # some file systems number nothing

@@ -44,7 +44,7 @@ class FolderTokens(NamedTuple):
     Raises:
       UserError: a file is no JSON object, or names no token where it should.
     """
-    named = {'the template of tokenizer.json': next(iter(begin_ids), None)}
+    named: dict[str, str | int | None] = {'the template of tokenizer.json': next(iter(begin_ids), None)}
     named |= {name: self.name(name, 'bos_token') for name in (TOKENIZER, SPECIAL)}
     named |= {name: next(iter(self.ids(name, 'bos_token_id')), None) for name in (CONFIG, GENERATION)}
     found, remarks = {}, []

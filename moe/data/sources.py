@@ -56,7 +56,7 @@ def _numbered(keys, sizes):
   total = dict.fromkeys(sorted(set(keys)), 0)
   for key, size in zip(keys, sizes.tolist(), strict=True):
     total[key] += size
-  largest = sorted(total, key=total.get, reverse=True)
+  largest = sorted(total, key=total.__getitem__, reverse=True)
   kept = largest if len(largest) <= MOST else largest[: MOST - 1]
   place = {key: i for i, key in enumerate(kept)}
   # Names of files may be no text at all, which neither JSON nor a page can hold.

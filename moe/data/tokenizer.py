@@ -73,7 +73,7 @@ class Tokenizer(ABC):
     return [self.encode(text) for text in texts]
 
   @abstractmethod
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of `ids` [tokens]; broken UTF-8 becomes U+FFFD, BOS and ids outside the vocabulary become nothing."""
 
   @abstractmethod
@@ -108,7 +108,7 @@ class ByteTokenizer(Tokenizer):
   def encode(self, text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8).astype(np.int32)
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     return bytes(int(i) for i in ids if 0 <= i < 256).decode('utf-8', errors='replace')
 
   def token_bytes(self) -> np.ndarray:
@@ -187,7 +187,7 @@ class JsonTokenizer(Tokenizer):
       special = tokenizers.Tokenizer.from_str(self.to_json())  # whose encode_special_tokens is False
       return special.encode(text, add_special_tokens=False).ids
 
-  def decode(self, ids: Sequence[int]) -> str:
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.bos_id]
     with library_errors(UserError, 'tokenizer cannot decode all tokens: '):
       return self._tokenizer.decode(kept, skip_special_tokens=False)
@@ -238,7 +238,7 @@ def _check_growth(part, what):
 def _growth(spec: dict) -> float:
   """How many characters a normalizer or decoder, as tokenizer.json spells it, may make of one by what it puts in."""
   if spec['type'] == 'Sequence':
-    return math.prod(float(_growth(part)) for part in spec.get('normalizers', spec.get('decoders')))
+    return math.prod(float(_growth(part)) for part in spec['decoders' if 'decoders' in spec else 'normalizers'])
   matches_nothing = spec['type'] == 'Prepend' or 'Regex' in spec.get('pattern', ())  # so that what was there stays
   return max(1, len(spec.get('content', spec.get('prepend', ''))) + matches_nothing)
 
@@ -253,7 +253,7 @@ def load_tokenizer(data: DataConfig, vocab_size: int, corpus: Corpus) -> Tokeniz
     UserError: `vocab_size` too small, or a missing, unreadable or invalid tokenizer file.
   """
   if data.tokenizer == 'byte':
-    tokenizer = ByteTokenizer()
+    tokenizer: Tokenizer = ByteTokenizer()
   elif data.tokenizer == 'bpe':
     tokenizer = _cached_bpe(data, vocab_size, corpus)
   else:

@@ -160,7 +160,7 @@ def read_rows(path: Path, again: bool = True) -> list[dict[str, Any]]:
   if not os.path.lexists(path):
     return []
   *lines, _ = read_bytes(path).split(b'\n')
-  rows = []
+  rows: list[dict[str, Any]] = []
   for number, line in enumerate(lines, 1):
     where = f'{path} line {number}'
     row = parse_json(line, where)

@@ -4,6 +4,7 @@ A script shows them in its --help after `flags.adopt_module_key_flags(model_flag
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -22,14 +23,20 @@ TENSOR = flags.DEFINE_integer('tensor', 1, 'Devices that share heads, hidden wid
 CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Split the CPU into so many virtual devices.', 0, 4096)
 
 
-def load_model(quantized: bool = False) -> load.Model:
-  """The model that the flags name; see `load.load`. What it remarks goes to stderr."""
+def checkpoint() -> Path:
+  """The folder that --checkpoint names."""
   if not CHECKPOINT.value:
     raise UserError('--checkpoint is missing; give a run directory, such as --checkpoint=runs/tiny')
+  return local_path(CHECKPOINT.value, '--checkpoint')
+
+
+def load_model(quantized: bool = False) -> load.Model:
+  """The model that the flags name; see `load.load`. What it remarks goes to stderr."""
+  path = checkpoint()
   mesh = MeshConfig(data=DATA.value, expert=EXPERT.value, tensor=TENSOR.value, cpu_devices=CPU_DEVICES.value)
   if TOKENIZER.value:
     local_path(TOKENIZER.value, '--tokenizer')
-  model = load.load(local_path(CHECKPOINT.value, '--checkpoint'), mesh, DTYPE.value, quantized, TOKENIZER.value)
+  model = load.load(path, mesh, DTYPE.value, quantized, TOKENIZER.value)
   for remark in model.remarks:
     print(remark, file=sys.stderr)
   use_compilation_cache(model.config.data)

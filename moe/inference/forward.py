@@ -23,6 +23,7 @@ from moe.ops.decode import few_rows
 from moe.ops.decode.add_norm import Stream, Sum, add_norm
 from moe.ops.swiglu import gated
 from moe.ops.varying import align, vary
+from moe.ops.weights import Weight
 from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.resolved import Resolved
 from moe.parallel.sharding import LEGEND
@@ -53,7 +54,7 @@ def chunk_at(length_B: jax.Array, valid_BS: jax.Array, capacity: int, config: Mo
   return Chunk(position_BS, valid_BS, cos, sin)
 
 
-def run(w: dict, cache: tuple, token_BS: jax.Array, chunk: Chunk, config: Config) -> tuple[jax.Array, tuple]:
+def run(w: dict, cache: tuple, token_BS: jax.Array, chunk: Chunk, config: Resolved) -> tuple[jax.Array, tuple]:
   """The main model on a chunk.
 
   Args:
@@ -71,7 +72,7 @@ def run(w: dict, cache: tuple, token_BS: jax.Array, chunk: Chunk, config: Config
   return stream.total().reshape(x_BSD.shape), tuple(found)
 
 
-def run_mtp(w: dict, depth: int, cache, hidden_BSD, next_token_BS, chunk: Chunk, config: Config):
+def run_mtp(w: dict, depth: int, cache, hidden_BSD, next_token_BS, chunk: Chunk, config: Resolved):
   """MTP module `depth` (from 0) on a chunk; see `transformer.mtp_hidden`.
 
   Args:
@@ -97,7 +98,7 @@ def logits(w: dict, normed_XD: jax.Array, config: ModelConfig) -> jax.Array:
   return lax.psum(lax.dynamic_update_slice_in_dim(whole_XV, part_XV, at, -1), 'tensor')
 
 
-def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Config) -> tuple[Stream, tuple]:
+def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Resolved) -> tuple[Stream, tuple]:
   """One layer, dense or with experts, of all tokens T = B * S: the residual stream and the cache."""
   eps = config.model.norm_eps
   attention = CACHED_ATTENTIONS[config.model.attention]
@@ -120,7 +121,7 @@ def over_shards(part: Sum, dtype) -> Sum:
   return Sum(lax.psum(part.total().astype(dtype), 'tensor')[None])
 
 
-def feed_forward_weights(w: dict) -> tuple:
+def feed_forward_weights(w: dict) -> tuple[Weight, Weight, Weight]:
   """Gate, up and down projection of a dense SwiGLU."""
   return w['w_gate_DF'], w['w_up_DF'], w['w_down_FD']
 

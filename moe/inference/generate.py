@@ -16,13 +16,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe.config import Config
 from moe.errors import UserError
 from moe.inference import forward, steps
 from moe.inference.sampling import Sampling
 from moe.inference.steps import NO_TOKEN, Emitted, Settings, Slots
 from moe.inference.weights import prepare, specs
 from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.resolved import Resolved
 
 
 class Completion(NamedTuple):
@@ -92,9 +92,9 @@ class Generator:
     def decode(w, slots):
       return lax.scan(lambda slots, _: step(w, slots, settings), slots, length=steps_per_call)
 
-    prefill = lambda w, slots, *chunk: steps.prefill(w, slots, *chunk, settings)
+    prefill = lambda w, slots, token_BS, count_B, ends_B: steps.prefill(w, slots, token_BS, count_B, ends_B, settings)
     self._prefill = self._jit(prefill, (P(BATCH_AXES),) * 3, self._slots_spec())
-    self._decode = self._jit(decode, (), (self._slots_spec(), Emitted(*(P(None, BATCH_AXES),) * 2)))
+    self._decode = self._jit(decode, (), (self._slots_spec(), Emitted._make([P(None, BATCH_AXES)] * 2)))
 
   def run(
     self,
@@ -116,7 +116,8 @@ class Generator:
       UserError: as `check_request`.
     """
     check_request(prompts, max_tokens, seeds, self.slots, self.settings)
-    found, finish = [[] for _ in prompts], [''] * len(prompts)
+    found: list[list[int]] = [[] for _ in prompts]
+    finish = [''] * len(prompts)
 
     def take(row, tokens):
       tokens = [int(token) for token in tokens if token != NO_TOKEN]
@@ -188,7 +189,7 @@ class Generator:
     last_B[: len(prompts)] = [len(prompt) + max_tokens - 1 for prompt in prompts]
     hidden_BKD = np.zeros((self.slots, drafts + 1, config.model.d_model), jnp.dtype(config.precision.compute))
     next_BK = np.zeros((self.slots, drafts + 1), np.int32)
-    host = Slots(zero_B, zero_B, zero_B > 0, last_B, seed_B, hidden_BKD, next_BK, zero_B, ())
+    host = Slots._make([zero_B, zero_B, zero_B > 0, last_B, seed_B, hidden_BKD, next_BK, zero_B, ()])
     return jax.tree.map(self._put, host)._replace(cache=self._empty_cache())
 
   def _cache_maker(self):
@@ -200,7 +201,7 @@ class Generator:
 
   def _slots_spec(self) -> Slots:
     one = P(BATCH_AXES)
-    return Slots(*(one,) * 8, forward.cache_specs(self.settings.config, mtp=self.settings.drafts > 0))
+    return Slots._make([*[one] * 8, forward.cache_specs(self.settings.config, mtp=self.settings.drafts > 0)])
 
   def _put(self, host):
     return jax.make_array_from_callback(host.shape, self._batch, lambda index: host[index])
@@ -253,7 +254,7 @@ def _fetch(array: jax.Array) -> np.ndarray:
 
 
 def continuation(
-  params, bias_LE, tokenizer, config: Config, mesh, text: str, max_tokens: int, how: Sampling, seed: int, on_tokens
+  params, bias_LE, tokenizer, config: Resolved, mesh, text: str, max_tokens: int, how: Sampling, seed: int, on_tokens
 ):
   """`text` and what a model in training makes of it, up to `max_tokens` tokens or the end of the document.
 

@@ -20,9 +20,10 @@ from moe.interop.run_sizes import check_layers
 from moe.model import transformer
 from moe.parallel import sharding
 from moe.parallel.mesh import make_mesh, mesh_shape, platform_of, setup_devices
+from moe.parallel.resolved import Resolved
 from moe.train.checkpoint import restore_weights
 from moe.train.run_dir import read_config
-from moe.train.state import TrainState
+from moe.train.state import Weights
 from moe.train.step import resolve
 
 
@@ -30,7 +31,7 @@ class Model(NamedTuple):
   """config: with every 'auto' resolved. params, bias_LE: as in training, on `mesh`. step: of the checkpoint, 0 of a
   Hugging Face one. eos_ids: tokens that end a sequence. remarks: lines for the user."""
 
-  config: Config
+  config: Resolved
   mesh: jax.sharding.Mesh
   params: dict
   bias_LE: jax.Array
@@ -66,9 +67,9 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     base, remarks = read_config(path), []
     check_layers(path, base.model)
   read_by = _tokenizer(path, tokenizer, base.model.vocab_size)
-  config = for_inference(base, mesh, compute)
-  device_mesh = make_mesh(config)
-  config = resolve(config, device_mesh, platform_of(device_mesh))
+  unresolved = for_inference(base, mesh, compute)
+  device_mesh = make_mesh(unresolved)
+  config = resolve(unresolved, device_mesh, platform_of(device_mesh))
   if of_hf:
     specs = from_folder.specs(config.model, device_mesh)
     params, bias_LE = from_folder.load(checkpoint, device_mesh, specs, config.precision.compute, quantized)
@@ -117,7 +118,7 @@ def _restore(path, config, mesh):
   params = jax.tree.map(like, abstract, sharding.place_tree(abstract, mesh))
   bias_shape = config.model.num_routers, config.model.num_experts
   bias = jax.ShapeDtypeStruct(bias_shape, np.float32, sharding=NamedSharding(mesh, P()))
-  state, meta, remarks = restore_weights(path, TrainState((), params, {'bias_LE': bias}, ()))
+  state, meta, remarks = restore_weights(path, Weights(params, {'bias_LE': bias}))
   return state.params, state.balance['bias_LE'], meta['step'], remarks
 
 

@@ -1,7 +1,7 @@
 """A trained model to look into from Python: which experts its routers give the tokens of a text to."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -39,7 +39,7 @@ class Opened:
   """A model that `moe.open` has loaded; `model` has its config, parameters, router bias and tokenizer."""
 
   model: Model
-  _step: object
+  _step: Callable[..., dict[str, jax.Array]]  # of `make_eval_step`
 
   def route(self, text: str | Sequence[int]) -> Routes:
     """What the routers decide about a text, by the forward pass that evaluation runs: nothing is dropped.
@@ -51,8 +51,8 @@ class Opened:
       UserError: no tokens, too many, or ids that the model does not know.
     """
     config, tokenizer, mesh = self.model.config, self.model.tokenizer, self.model.mesh
-    ids = [*tokenizer.begin_ids, *tokenizer.encode(text.encode())] if isinstance(text, str) else text
-    ids = np.asarray(ids, np.int64)
+    encode = lambda text: [*tokenizer.begin_ids, *tokenizer.encode(text.encode())]
+    ids = np.asarray(encode(text) if isinstance(text, str) else text, np.int64)
     if ids.ndim != 1 or not 0 < len(ids) <= MOST_TOKENS:
       raise UserError(f'route takes 1 to {MOST_TOKENS:,} tokens, not an array of shape {ids.shape}')
     if ((ids < 0) | (ids >= config.model.vocab_size)).any():

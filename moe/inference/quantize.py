@@ -151,7 +151,7 @@ def storage_bytes(config: Config, scheme: str, expert: int = 1, tensor: int = 1)
   Raises:
     UserError: as `quantize_params`, or a dimension does not divide by its mesh axis.
   """
-  totals = {}
+  totals: dict[str, int] = {}
   for path, _, leaf_bytes in _leaves(config, scheme, expert, tensor):
     totals[group_of(path)] = totals.get(group_of(path), 0) + leaf_bytes
   return totals | {'total': sum(totals.values())}

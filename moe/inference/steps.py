@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe.config import Config
 from moe.inference import forward
 from moe.inference.sampling import Sampling, best, distribution, draw, keys, sample
 from moe.ops.norm import rms_norm
+from moe.parallel.resolved import Resolved
 
 NO_TOKEN = -1  # in place of a token that a slot did not emit
 ACCEPT, DRAFT, TOKEN = range(3)  # purposes of random draws for one position
@@ -20,7 +20,7 @@ ACCEPT, DRAFT, TOKEN = range(3)  # purposes of random draws for one position
 class Settings(NamedTuple):
   """What is compiled in. eos_ids: tokens that end a sequence. drafts: proposed tokens per step."""
 
-  config: Config
+  config: Resolved
   how: Sampling
   eos_ids: tuple[int, ...]
   capacity: int

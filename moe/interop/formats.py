@@ -9,7 +9,6 @@
 """
 
 import functools
-import math
 import re
 from pathlib import Path
 
@@ -93,9 +92,9 @@ def unified(stored: dict[str, Stored]) -> dict[str, Stored]:
   Raises:
     UserError: experts in one tensor, whose halves cannot be told apart.
   """
-  found = {}
+  found: dict[str, Stored] = {}
   for name, one in stored.items():
-    experts = one.shape[0] if len(one.shape) == 3 and math.prod(one.shape) and one.dtype in DTYPES else 0
+    experts = one.shape[0] if len(one.shape) == 3 and 0 not in one.shape and one.dtype in DTYPES else 0
     fused = FUSED.fullmatch(name) if 0 < experts <= MOST_EXPERTS else None
     found |= _experts(one, *fused.groups('')) if fused else {name: one}
   for name, one in found.items():
@@ -128,6 +127,11 @@ def kind_of(stored: dict[str, Stored], name: str) -> str | None:
   return 'fp8' if stored[name].dtype == 'F8_E4M3' else None
 
 
+def _values_of(stored, name) -> Stored:
+  """The tensor with the values of `name`, which may have its scales in another one."""
+  return stored[name] if name in stored else stored[name + PACKED]
+
+
 def base(name: str) -> str:
   """`name` without what a second tensor of a weight has behind it."""
   suffix = next((end for end in (SCALE_INV, PACKED, SCALE) if name.endswith(end)), '')
@@ -136,7 +140,7 @@ def base(name: str) -> str:
 
 def check(name: str, stored: dict[str, Stored], shape: tuple[int, ...]) -> None:
   """Checks that the files hold `name` with `shape` in a way that `read` understands. Raises UserError."""
-  kind, found = kind_of(stored, name), stored.get(name, stored.get(name + PACKED))
+  kind, found = kind_of(stored, name), _values_of(stored, name)
   if kind and len(shape) != 2:
     raise UserError(f'{found.file}: {name} is {found.dtype} and must be one of {", ".join(FLOATS)}')
   if kind != 'mxfp4':
@@ -177,7 +181,7 @@ def read(stored: dict[str, Stored], name: str, rows: np.ndarray, columns: np.nda
     scale = _take(stored[name + SCALE_INV], rows // BLOCK, columns // BLOCK)
     with np.errstate(over='ignore'):
       value = value.astype(np.float32) * scale.astype(np.float32)
-  check_finite(value, stored.get(name, stored.get(name + PACKED)).file, name)
+  check_finite(value, _values_of(stored, name).file, name)
   return value
 
 

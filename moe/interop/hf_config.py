@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from moe.config import Config, ModelConfig, from_config_dict
 from moe.errors import UserError, short
@@ -28,9 +29,11 @@ PLAIN = {  # theirs: ours, the same number
   'qk_rope_head_dim': 'qk_rope_dim',
   'v_head_dim': 'v_dim',
 }
-SIDES = ('d_ff', 'd_expert', 'num_shared_experts', 'num_heads', 'q_lora_rank')  # that tensors' sizes are made of
-SIDES += ('kv_lora_rank', 'qk_nope_dim', 'qk_rope_dim', 'v_dim')
-FIXED = {  # what the format may say and we do in one way only
+SIDES = (  # that tensors' sizes are made of
+  *('d_ff', 'd_expert', 'num_shared_experts', 'num_heads', 'q_lora_rank'),
+  *('kv_lora_rank', 'qk_nope_dim', 'qk_rope_dim', 'v_dim'),
+)
+FIXED: dict[str, Any] = {  # what the format may say and we do in one way only
   'hidden_act': 'silu',
   'attention_bias': False,
   'moe_layer_freq': 1,
@@ -38,14 +41,14 @@ FIXED = {  # what the format may say and we do in one way only
   'partial_rotary_factor': 1.0,
 }
 V2, V3 = 'deepseek_v2', 'deepseek_v3'
-ROUTERS = {  # by model type; V2 has neither bias nor groups, and says so by its method
+ROUTERS: dict[str, dict[str, Any]] = {  # by model type; V2 has neither bias nor groups, and says so by its method
   V2: {'scoring_func': 'softmax', 'topk_method': 'greedy', 'norm_topk_prob': False},
   V3: {'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'},
 }
 # The same mathematics and names of tensors: Kimi K2, GLM-4.7-Flash, Sarvam's larger model.
 SAME_AS = {V2: V2, V3: V3, 'kimi_k2': V3, 'glm4_moe_lite': V3, 'sarvam_mla': V3}
 MXFP4 = 'mxfp4-pack-quantized'
-QUANTIZATION = {
+QUANTIZATION: dict[str, dict[str, Any]] = {
   # As DeepSeek-V3's config.json has it.
   'fp8': {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'quant_method': 'fp8', 'weight_block_size': [128, 128]},
   # As moonshotai/Kimi-K3's config.json has it, whose routed experts are MXFP4 too. Patterns are matched with modules'

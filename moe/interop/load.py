@@ -128,7 +128,7 @@ def load(checkpoint: Checkpoint, mesh, specs: dict, dtype: str, quantized: bool 
       parts.
   """
   shapes, flat = array_shapes(checkpoint.model), flatten(specs)
-  sources = {name: [] for name in shapes}
+  sources: dict[str, list[tuple[names.Tensor, int]]] = {name: [] for name in shapes}
   for tensor in names.table(checkpoint.model):
     for number, view in enumerate(tensor.views):
       sources[view.name].append((tensor, number))
@@ -210,7 +210,8 @@ def _raw(stored, name, shape, sources, suffix) -> Callable:
 
 def _assemble(shape, place, values) -> jax.Array:
   """The global array whose parts `values` makes, one after the other; devices with the same part share one."""
-  devices_of, parts = {}, []
+  devices_of: dict[tuple, list[jax.Device]] = {}
+  parts = []
   for device, index in place.addressable_devices_indices_map(shape).items():
     box = tuple(edge.indices(size)[:2] for edge, size in zip(index, shape, strict=True))
     devices_of.setdefault(box, []).append(device)

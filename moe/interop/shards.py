@@ -55,7 +55,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
       raise UserError(f'{folder} has no weights: neither {INDEX} nor {SINGLE}')
     return _open_file(folder / SINGLE)
   file_of = _read_index(folder)
-  found = {}
+  found: dict[str, Stored] = {}
   for name in sorted(set(file_of.values())):
     inside = _open_file(folder / name)
     found |= {tensor: stored for tensor, stored in inside.items() if file_of.get(tensor) == name}  # not a stale copy
@@ -97,7 +97,8 @@ def _open_file(file):
 
 def plan(sizes: list[int], most_bytes: float) -> list[list[int]]:
   """Consecutive indices into `sizes` (bytes of each tensor) per file of at most `most_bytes`, never an empty one."""
-  files, filled = [[]], 0
+  files: list[list[int]] = [[]]
+  filled = 0
   for index, size in enumerate(sizes):
     if files[-1] and filled + size > most_bytes:
       files.append([])

@@ -87,7 +87,8 @@ def plan_files(config: Config, dtype: str, max_shard_gb: float, quantize: str | 
 
 def write_weights(folder: Path, weights: RunWeights, files: list[list[Entry]]) -> int:
   """Writes the files that are not there yet, one at a time, and their index. Returns their bytes."""
-  file_of, todo = {}, []
+  file_of: dict[str, str] = {}
+  todo = []
   for number, entries in enumerate(files, 1):
     name = f'model-{number:05d}-of-{len(files):05d}.safetensors'
     inside = {part: facts for entry in entries for part, facts in entry.stored.items()}
@@ -96,7 +97,7 @@ def write_weights(folder: Path, weights: RunWeights, files: list[list[Entry]]) -
       todo.append((folder / name, entries))
   _check_space(folder, sum(_bytes(entry) for _, entries in todo for entry in entries))
   for file, entries in tqdm.tqdm(todo, 'writing', unit='file', disable=None):
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for tensor, plain, kind, _ in entries:
       tensors |= formats.encode(tensor.name, tensor.pack(weights.read), plain, kind)
     shards.write_file(file, tensors)

@@ -15,6 +15,8 @@ class NNXMoE(nnx.Module):
     rngs: for the parameters.
   """
 
+  bias_E: RouterBias
+
   def __init__(self, layer: MoE, *, rngs: nnx.Rngs):
     self.layer = layer
     self.weights = layer.module(rngs)

@@ -83,9 +83,10 @@ def choose(
     expert_TK, E + shared for all of a masked token, and weight_TK.
   """
   operands = align(logits_PTE, bias_E, mask_T)
-  settings = {'config': config, 'multiplicative': multiplicative, 'shared': shared}
-  on_gpu = functools.partial(routing_gpu.choose, **settings)
-  return lax.platform_dependent(*operands, cuda=on_gpu, default=functools.partial(_choose, **settings))
+  with_settings = lambda function: functools.partial(
+    function, config=config, multiplicative=multiplicative, shared=shared
+  )
+  return lax.platform_dependent(*operands, cuda=with_settings(routing_gpu.choose), default=with_settings(_choose))
 
 
 def _choose(logits_PTE, bias_E, mask_T, config, multiplicative, shared):

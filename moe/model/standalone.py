@@ -107,9 +107,10 @@ class MoE:
 
   def shardings(self) -> dict:
     """Where `apply` wants the parameters on the mesh: a NamedSharding each."""
-    if self.mesh is None:
+    mesh = self.mesh
+    if mesh is None:
       raise UserError('this MoE layer was made without mesh=..., so its parameters have no shardings')
-    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs())
 
   def specs(self) -> dict:
     """The PartitionSpec of each parameter."""
@@ -147,7 +148,7 @@ class MoE:
     if self.mesh is not None:
       _check_batch(x_BSD, config.axes.batch, self.mesh)
       rows = P(config.axes.batch or None)
-      stats = Stats(*(P() for _ in Stats._fields))
+      stats = Stats._make(P() for _ in Stats._fields)
       in_specs = self.specs(), P(), rows, rows
       params, bias_E, x_BSD, mask_BS = _placed((params, bias_E, x_BSD, mask_BS), in_specs, self.mesh)
       run = jax.shard_map(run, mesh=self.mesh, in_specs=in_specs, out_specs=(rows, stats))

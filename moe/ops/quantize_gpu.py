@@ -59,7 +59,8 @@ def rows(x_MK: jax.Array, power_of_two: bool, interpret: bool = False) -> tuple[
   outs = [((M, K), FP8, spec(columns)), ((M, K // BLOCK), jnp.float32, spec(columns // BLOCK))]
   grid = M // tile_rows, K // columns
   kernel = functools.partial(_rows_kernel, power_of_two=power_of_two)
-  return tuple(call(kernel, grid, (x_MK,), [spec(columns)], outs, warps=4, stages=1, interpret=interpret))
+  value, scale = call(kernel, grid, (x_MK,), [spec(columns)], outs, warps=4, stages=1, interpret=interpret)
+  return value, scale
 
 
 def turned(value_MK, scale_MA, blocks: Blocks, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +112,9 @@ def matrices(w_eKN: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.
     ((e, K // BLOCK, N // BLOCK), jnp.float32, one),
   ]
   grid = e, K // BLOCK, N // BLOCK
-  return tuple(call(_matrices_kernel, grid, (w_eKN,), [block(False)], outs, warps=8, stages=1, interpret=interpret))
+  specs = [block(False)]
+  value, turned, scale = call(_matrices_kernel, grid, (w_eKN,), specs, outs, warps=8, stages=1, interpret=interpret)
+  return value, turned, scale
 
 
 def _rows_kernel(x, value, scale, power_of_two):

@@ -33,7 +33,8 @@ def mesh_shape(mesh: MeshConfig) -> tuple[int, int, int, int]:
   if mesh.preset not in PRESETS:
     raise UserError(f'config mesh.preset = {mesh.preset!r} must be one of {", ".join(PRESETS)}')
   own = (mesh.pipe, mesh.data, mesh.expert, mesh.tensor)
-  return tuple(size or default for size, default in zip(own, PRESETS[mesh.preset], strict=True))
+  pipe, data, expert, tensor = (size or default for size, default in zip(own, PRESETS[mesh.preset], strict=True))
+  return pipe, data, expert, tensor
 
 
 def setup_devices(mesh: MeshConfig) -> None:

@@ -102,7 +102,8 @@ class _Connection:
   """A process at the other end of a socket. Messages are lines of JSON."""
 
   def __init__(self, sock: socket.socket, process_id: int, name: str, reader=None):
-    self.id, self.name, self.inbox = process_id, name, queue.Queue()
+    self.id, self.name = process_id, name
+    self.inbox: queue.Queue[dict] = queue.Queue()
     self._socket, self._reader = sock, reader or sock.makefile('rb')
     sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -163,7 +164,8 @@ def code_digest() -> str:
 
 def _receive_all(mesh, address) -> dict[int, _Connection]:
   """Process 0: waits for all others."""
-  deadline, found = time.monotonic() + mesh.start_timeout_s, {}
+  deadline = time.monotonic() + mesh.start_timeout_s
+  found: dict[int, _Connection] = {}
   try:
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     listener = socket.create_server(('', address[1]), family=family, dualstack_ipv6=family == socket.AF_INET6)
@@ -178,8 +180,8 @@ def _receive_all(mesh, address) -> dict[int, _Connection]:
         sock, _ = listener.accept()
       except TimeoutError:
         missing = [i for i in range(1, mesh.num_processes) if i not in found]
-        error = f'{_numbers(missing)} of {mesh.num_processes} did not come to {mesh.coordinator} within '
-        _refuse(found.values(), error + f'mesh.start_timeout_s = {mesh.start_timeout_s} s')
+        absent = f'{_numbers(missing)} of {mesh.num_processes} did not come to {mesh.coordinator} within '
+        _refuse(found.values(), absent + f'mesh.start_timeout_s = {mesh.start_timeout_s} s')
       sock.settimeout(max(min(deadline - time.monotonic(), WORD_S), 1e-3))
       reader = sock.makefile('rb')
       try:

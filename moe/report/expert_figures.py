@@ -27,7 +27,7 @@ from moe.report.run import Run
 
 MOST_LAYERS = 6  # with a figure each
 MOST_NAME = 20  # characters
-TEN = ListedColormap(colormaps['tab20'].colors[::2] + colormaps['tab20'].colors[1::2])
+TEN = ListedColormap(colormaps['tab20'](np.r_[0:20:2, 1:20:2]))
 
 
 def label(text: str) -> str:
@@ -129,8 +129,8 @@ def specialisation(run: Run, experts: Experts) -> Figure:
 def specialisation_over_time(run: Run) -> Figure | None:
   """The same, corrected, by step and layer; None for fewer than two evaluations."""
   routers = len(run.layer_names)
-  rows = [(row['step'], row.get('specialisation_bits')) for row in run.evals]
-  rows = [(step, bits) for step, bits in rows if isinstance(bits, list) and len(bits) == routers]
+  found = [(row['step'], row.get('specialisation_bits')) for row in run.evals]
+  rows = [(step, bits) for step, bits in found if isinstance(bits, list) and len(bits) == routers]
   rows = [(step, bits) for step, bits in rows if all(figures.is_finite(one) for one in bits)]
   if len(rows) < 2:
     return None
@@ -143,7 +143,7 @@ def specialisation_over_time(run: Run) -> Figure | None:
 
 def source_loss(run: Run) -> Figure | None:
   """Validation loss of each source by step, of the same rows of the text as far as that was logged."""
-  points = {}
+  points: dict[str, list[tuple[int, float]]] = {}
   for row in run.evals:
     beside = row['sample'] if isinstance(row.get('sample'), dict) else {}
     found = beside.get('source_loss', row.get('source_loss'))

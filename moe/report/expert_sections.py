@@ -39,7 +39,7 @@ def text_sections(run: Run) -> list[str]:
   by = f'Of {where}, told apart by {experts.by}. '
   return [
     section('Routing of a text', _ROUTES, text, 'No text was evaluated.'),
-    section('Specialisation', _BITS + kinds, grid([pair for pair in bits if pair[1]]), ''),
+    section('Specialisation', _BITS + kinds, grid([(title, figure) for title, figure in bits if figure]), ''),
     section('Load by source', by + _SOURCES, grid(drawn.source_loads(run, experts)), _ONE_SOURCE),
     section('Validation loss by source', _LOSSES, _one('Loss by source', drawn.source_loss(run)), _no_source_loss(run)),
   ]

@@ -59,7 +59,7 @@ def load_experts(folder: pathlib.Path, shape: tuple[int, int], top_k: int) -> Ex
     sources = _list(found['sources'], str)
     load = load_history.decode(found['load_SLE'], (len(sources) * shape[0], shape[1]), str(path))
     bits = ('information_bits', 'information_bias_bits', 'expert_bits')
-    numbers = [_list(found[key], float, shape[0]) for key in bits]
+    information_bits, bias_bits, expert_bits = (_list(found[key], float, shape[0]) for key in bits)
     return Experts(
       step_of(found, str(path)),
       found['set'] == 'sample',
@@ -68,7 +68,9 @@ def load_experts(folder: pathlib.Path, shape: tuple[int, int], top_k: int) -> Ex
       load.reshape(len(sources), *shape),
       _typed(found['token_kinds'], int),
       _typed(found['routed_of_kinds'], float),
-      *numbers,
+      information_bits,
+      bias_bits,
+      expert_bits,
       _text(found['text'], shape[0], top_k, path) if found['text'] else None,
     )
   except (KeyError, TypeError, ValueError) as error:

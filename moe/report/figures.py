@@ -9,6 +9,7 @@ import io
 import math
 import pathlib
 import sys
+from typing import TypeGuard
 
 import matplotlib
 import numpy as np
@@ -193,7 +194,7 @@ def heat_map(names: list[str], load_LE: np.ndarray) -> Figure:
   labelled = [i for i in range(0, rows - len(mtp), every) if not mtp or every == 1 or mtp[0] - i >= every] + mtp
   axes.set_yticks([i + 0.5 for i in labelled], [names[i] for i in labelled])
   axes.tick_params(axis='y', length=0)
-  above = share_LE.max() > 2
+  above = np.max(share_LE) > 2
   bar = figure.colorbar(image, ax=axes, extend='max' if above else 'neither', ticks=[0, 0.5, 1, 1.5, 2], pad=0.02)
   bar.set_label('load / mean')
   return figure
@@ -281,6 +282,6 @@ def plain_log_ticks(axis: Axis) -> None:
   axis.set_minor_locator(NullLocator())
 
 
-def is_finite(value) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
   """Whether a value of JSON is a number that can be drawn."""
   return isinstance(value, int | float) and abs(value) <= sys.float_info.max

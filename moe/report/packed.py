@@ -16,8 +16,8 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from moe.sweep import manifest
 FILE = 'sweep.npz'
 MOST_BYTES = 1 << 27  # unpacked; 69 thinned runs of 1,500 steps have 5 MB
 HEADER_BYTES = 128  # of an array in an .npz
+Piece = TypeVar('Piece', np.ndarray, list[dict[str, Any]])
 
 
 def write(folder: pathlib.Path, sweep: manifest.Sweep, runs: Mapping[str, Run]) -> None:
@@ -55,7 +56,7 @@ def write(folder: pathlib.Path, sweep: manifest.Sweep, runs: Mapping[str, Run]) 
   if (size := sum(array.nbytes + HEADER_BYTES for array in arrays.values())) > MOST_BYTES:
     raise UserError(f'{folder / FILE} would unpack to {size:,} bytes, above {MOST_BYTES:,}; keep fewer rows or runs')
   with replacing(folder / FILE) as temporary, temporary.open('wb') as file:
-    np.savez_compressed(file, **arrays)
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # ** might hold numpy's own allow_pickle, mypy thinks
 
 
 def read(folder: pathlib.Path) -> tuple[manifest.Sweep, dict[str, Run]]:
@@ -66,22 +67,23 @@ def read(folder: pathlib.Path) -> tuple[manifest.Sweep, dict[str, Run]]:
     about = parse_json(arrays['about'].tobytes(), str(path))
     sweep = manifest.parse(about['sweep'], path)
     tapes = {name: _Tape(_numbers(arrays[name], 'iu')) for name in ('history/step', 'history/load', 'evals/load')}
-    tapes['metrics'] = _Tape(_rows(arrays))
-    runs = {name: _run(folder / name, described, tapes) for name, described in about['runs'].items()}
-    if left := [name for name, tape in tapes.items() if len(tape.rest)]:
+    rows = _Tape(_rows(arrays))
+    runs = {name: _run(folder / name, described, rows, tapes) for name, described in about['runs'].items()}
+    rest = {name: len(tape.rest) for name, tape in tapes.items()} | {'metrics': len(rows.rest)}
+    if left := [name for name, count in rest.items() if count]:
       raise ValueError(f'{left[0]} has more than all runs together')
   except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
     raise UserError(f'{path} is damaged: {error!r}') from error
   return sweep, runs
 
 
-class _Tape:
+class _Tape(Generic[Piece]):
   """A list or array that is read piece by piece from its beginning."""
 
-  def __init__(self, rest: Sequence):
-    self.rest = rest
+  def __init__(self, rest: Piece):
+    self.rest: Piece = rest
 
-  def take(self, count: int) -> Sequence:
+  def take(self, count: int) -> Piece:
     if type(count) is not int or not 0 <= count <= len(self.rest):
       raise ValueError(f'{str(count)[:40]} rows cannot be')
     taken, self.rest = self.rest[:count], self.rest[count:]
@@ -94,25 +96,30 @@ def _about(run: Run) -> dict[str, Any]:
   return {'info': run.info, 'data': run.data, 'evals': evals, **counts}
 
 
-def _run(path: pathlib.Path, described: dict[str, Any], tapes: dict[str, _Tape]) -> Run:
+def _run(
+  path: pathlib.Path,
+  described: dict[str, Any],
+  row_tape: _Tape[list[dict[str, Any]]],
+  tapes: dict[str, _Tape[np.ndarray]],
+) -> Run:
   """A run of its description and the next piece of every tape. Raises UserError and what else `read` catches."""
-  rows, evals = tapes['metrics'].take(described['rows']), described['evals']
+  rows, evals = row_tape.take(described['rows']), described['evals']
   data = {key: value for key, value in described['data'].items() if isinstance(value, str | int | float)}
-  run, where = Run(path, described['info'], data, rows, [], evals, None), f'{path.parent / FILE}, run {path.name},'
+  history: list[dict[str, Any]] = []
+  run, where = Run(path, described['info'], data, rows, history, evals, None), f'{path.parent / FILE}, run {path.name},'
   try:
     from_config_dict(run.info['config'])
   except UserError as error:
     raise UserError(f'{where} is damaged: {error}') from error
   if not rows or not all('loss' in row for row in rows):
     raise UserError(f'{where} has no rows, or one without a loss')
-  steps = tapes['history/step'].take(described['history'])
-  run.load_history.extend({'step': int(step)} for step in steps)
-  for kind, found in (('history', run.load_history), ('evals', evals)):
+  history.extend({'step': int(step)} for step in tapes['history/step'].take(described['history']))
+  for kind, found in (('history', history), ('evals', evals)):
     layers, num_experts = run.load_shape
     loads = tapes[f'{kind}/load'].take(len(found) * layers * num_experts)
     for row, load_LE in zip(found, loads.reshape(len(found), layers, num_experts), strict=True):
       row['load_LE'] = load_LE
-  for found in (rows, run.load_history, evals):
+  for found in (rows, history, evals):
     steps = [step_of(row, where) for row in found]
     if sorted(set(steps)) != steps:
       raise UserError(f'{where} has steps out of order')
@@ -163,7 +170,7 @@ def _six_digits(column: np.ndarray) -> np.ndarray:
 
 def _rows(arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
   """The rows of all runs, from the arrays of `_columns`."""
-  rows = [{} for _ in arrays['metrics/step']]
+  rows: list[dict[str, Any]] = [{} for _ in arrays['metrics/step']]
   for name, array in arrays.items():
     kind, _, key = name.partition('/')
     if kind == 'metrics':

@@ -59,7 +59,8 @@ def adjusted(base: str, variants: Sequence[str], seeds: Sequence[int], values: S
   """
   names = list(dict.fromkeys(variants))
   value = np.array(values, np.float64)
-  of_variant, of_seed = (np.equal.outer(own, list(dict.fromkeys(own))).astype(float) for own in (variants, seeds))
+  one_hot = lambda own: np.equal.outer(own, list(dict.fromkeys(own))).astype(float)
+  of_variant, of_seed = one_hot(variants), one_hot(seeds)
   to_means = (of_variant / of_variant.sum(0)).T
   within = of_seed - of_variant @ to_means @ of_seed
   to_effects = np.linalg.pinv(within, rcond=TINY)

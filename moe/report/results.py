@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -71,9 +72,9 @@ class Results:
     """Finished runs of a variant, by seed."""
     return [m for m in self.members if m.variant == variant and m.finished]
 
-  def having(self, variant: str, key: str) -> list[Member]:
-    """Finished runs of a variant that have a value, by seed."""
-    return [m for m in self.of(variant) if m.values[key] is not None]
+  def measured(self, variant: str, key: str) -> list[tuple[int, float]]:
+    """(seed, value) of the finished runs of a variant that have a value, by seed."""
+    return [(m.seed, value) for m in self.of(variant) if (value := m.values[key]) is not None]
 
   def shown(self, variant: str) -> list[Member]:
     """Runs whose curves are drawn: the finished ones, or as long as there are none, what there is; by seed."""
@@ -92,22 +93,24 @@ class Results:
 
   def spread(self, variant: str, key: str) -> Spread | None:
     """Of a value over the finished runs of a variant that have it; None if none has."""
-    values = [m.values[key] for m in self.having(variant, key)]
+    values = [value for _, value in self.measured(variant, key)]
     if not values:
       return None
     return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
   def adjusted(self, key: str) -> dict[str, Adjusted]:
     """By variant, the mean of a value over finished runs, adjusted for seeds, and its gap to the baseline's."""
-    found = [m for variant in self.variants for m in self.having(variant, key)]
-    columns = ([m.variant for m in found], [m.seed for m in found], [m.values[key] for m in found])
-    return adjusted(self.baseline, *columns) if found else {}
+    found = [(variant, *one) for variant in self.variants for one in self.measured(variant, key)]
+    if not found:
+      return {}
+    variants, seeds, values = zip(*found, strict=True)
+    return adjusted(self.baseline, variants, seeds, values)
 
   def pairs(self, variant: str, key: str) -> tuple[list[float], list[float]]:
     """(the baseline's values, the variant's) of the seeds for which both are finished and have the value."""
-    base = {m.seed: m.values[key] for m in self.having(self.baseline, key)}
-    common = [m for m in self.having(variant, key) if m.seed in base]
-    return [base[m.seed] for m in common], [m.values[key] for m in common]
+    base = dict(self.measured(self.baseline, key))
+    common = [(seed, value) for seed, value in self.measured(variant, key) if seed in base]
+    return [base[seed] for seed, _ in common], [value for _, value in common]
 
   def against_baseline(self, key: str) -> dict[str, Difference | None]:
     """For every other variant, its paired difference to the baseline over common finished seeds (p after Holm)."""
@@ -123,6 +126,7 @@ def load_results(path: pathlib.Path) -> Results:
   Raises:
     UserError: no results folder of a sweep of this version, or none of its runs has logged anything yet.
   """
+  runs: Mapping[str, Run | str]
   if os.path.lexists(path / packed.FILE):
     sweep, runs = packed.read(path)
   else:
@@ -192,7 +196,7 @@ def unfair(results: Results) -> list[str]:
 
 def _equal_by_seed(members, value_of):
   """Documents end in other places with another seed, so that slightly other numbers of tokens are predicted."""
-  by_seed = {}
+  by_seed: dict[int, set[str]] = {}
   for member in members:
     by_seed.setdefault(member.seed, set()).add(str(value_of(member)))
   return all(len(values) == 1 for values in by_seed.values())

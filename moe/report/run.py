@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ COUNTS += ('train.steps',)
 MEASURED = ('_bytes', '_tokens', '_per_byte')  # how names of numbers in data.json end
 MAX_SAMPLE_BYTES = 1 << 24
 MAX_POINTS = 1500  # of one curve
+Values = TypeVar('Values', np.ndarray, range)
 MESH_AXES = ('pipe', 'data', 'expert', 'tensor')
 
 
@@ -51,7 +52,8 @@ class Run:
 
   def setting(self, key: str) -> Any:
     """Value of a config key such as 'model.top_k'. Raises UserError if config.json lacks it or has another type."""
-    value, kind = self.info['config'], Config()
+    value = self.info['config']
+    kind: object = Config()
     for part in key.split('.'):
       if not isinstance(value, dict) or part not in value:
         raise UserError(f'{self.path / "config.json"} has no setting {key!r}; {CONTENTS}')
@@ -104,10 +106,12 @@ class Run:
   def _layer_curves(self):
     picks = thin(range(len(self.load_history)))  # rows are decoded one at a time: all may not fit in memory
     values = {name: np.zeros((len(picks), self.load_shape[0])) for name in metrics.METRICS}
+    steps = []
     for place, row in enumerate(map(self.load_history.__getitem__, picks)):
+      steps.append(row['step'])
       for name, value_NL in values.items():
         value_NL[place] = metrics.per_layer(name, row['load_LE'])
-    return np.array([self.load_history.steps[i] for i in picks], np.int64), values
+    return np.array(steps, np.int64), values
 
   @functools.cached_property
   def biases(self) -> list[dict[str, Any]]:
@@ -126,7 +130,7 @@ class Run:
     return metrics.noise_floor(tokens, load_LE.shape[-1], top_k)[0] if tokens else None
 
 
-def thin(values: Sequence) -> Sequence:
+def thin(values: Values) -> Values:
   """Every n-th value so that at most MAX_POINTS remain, the last one included."""
   every = math.ceil(len(values) / MAX_POINTS)
   return values[(len(values) - 1) % every :: every] if every else values

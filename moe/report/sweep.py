@@ -39,8 +39,8 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
   for variant in results.variants:
     row = {'variant': variant, 'finished_seeds': len(results.of(variant))}
     for key, _, _ in metric_names(results):
-      spread = results.spread(variant, key) or Spread(None, None)
-      row |= {f'{key}_mean': spread.mean, f'{key}_std': spread.std}
+      spread = results.spread(variant, key)
+      row |= {f'{key}_{name}': getattr(spread, name, None) for name in Spread._fields}
     gap = against.get(variant)
     row |= {f'val_loss_difference_{name}': getattr(gap, name, None) for name in Difference._fields}
     row |= {f'val_loss_adjusted_{name}': getattr(adjusted.get(variant), name, None) for name in Adjusted._fields}

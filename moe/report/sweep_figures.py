@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from moe.balance import metrics
 from moe.report.figures import GREY, panel, plain_log_ticks, running_mean, thin
 from moe.report.results import Results
+from moe.sweep.variants import Variant
 
 WIDTH_IN = 8.6
 BASE_COLOR = '#000000'
@@ -149,12 +150,12 @@ def quality(results: Results) -> Figure | None:
   figure, axes = _by_variant(gaps, 'validation loss - that of ' + results.baseline + ', nats per token')
   axes.axvline(0, color=BASE_COLOR, linewidth=1.2)
   most = max(gap.seeds for gap in gaps.values())
-  inside = []
+  inside: list[float] = []
   for row, (variant, gap) in enumerate(gaps.items()):
     style = _style(results, variant)
     differences = np.subtract(*results.pairs(variant, 'val_loss')[::-1])
     inside.extend(differences)
-    if gap.low is not None:
+    if gap.low is not None and gap.high is not None:
       axes.plot([gap.low, gap.high], [row, row], color=style['color'], linewidth=2)
       if gap.seeds == most:
         inside.extend((gap.low, gap.high))
@@ -173,15 +174,15 @@ def throughput(results: Results) -> Figure | None:
   for variant in results.variants:
     spreads = [results.spread(variant, f'throughput_{n}') for n in results.devices]
     if spreads and all(spreads):
-      found[variant] = [100 * spread.mean for spread in spreads]
+      found[variant] = [100 * spread.mean for spread in spreads if spread]
   if not found:
     return None
   figure, axes = _by_variant(found, 'modelled tokens/s, % of that with even loads')
   shades = ('#91c3ff', '#1f6feb', '#0a3069')[-len(results.devices) :]
   for row, values in enumerate(found.values()):
     axes.plot([min(values), max(values)], [row, row], color='#d0d7de', linewidth=3, zorder=1)
-  for n, shade, values in zip(results.devices, shades, zip(*found.values(), strict=True), strict=True):
-    axes.plot(values, range(len(found)), 'o', color=shade, markersize=7, label=f'{n} devices', zorder=2)
+  for n, shade, of_n in zip(results.devices, shades, zip(*found.values(), strict=True), strict=True):
+    axes.plot(of_n, range(len(found)), 'o', color=shade, markersize=7, label=f'{n} devices', zorder=2)
   axes.set_xlim(right=max(101, 1.01 * max(map(max, found.values()))))
   figure.legend(loc='outside upper right', ncols=3, frameon=False)
   return figure
@@ -268,7 +269,7 @@ def _kind(results, variant):
 
 def _weight_series(results, points):
   """Names of variants that differ in the weight of their auxiliary loss only, by that weight; two or more each."""
-  groups = {}
+  groups: dict[tuple, list[Variant]] = {}  # by their other overrides
   for variant in results.sweep.variants:
     if variant.name in points and 'balance.aux_alpha' in variant.overrides:
       rest = {key: value for key, value in variant.overrides.items() if key != 'balance.aux_alpha'}
@@ -279,7 +280,7 @@ def _weight_series(results, points):
 
 def _front(points):
   """The points that no other is below and left of, from left to right."""
-  front = []
+  front: list[tuple[float, float]] = []
   for x, y in sorted(points):
     if not front or y < front[-1][1]:
       front.append((x, y))

@@ -11,6 +11,7 @@ import queue
 import signal
 import socket
 import threading
+from typing import Any
 
 from moe.errors import UserError, one_line
 from moe.files.paths import PACKAGE
@@ -26,7 +27,7 @@ class Local:
     """At most `limit` processes. Raises UserError if CUDA_VISIBLE_DEVICES names too few GPUs for them."""
     self._pool = concurrent.futures.ThreadPoolExecutor(limit)
     self._stop = threading.Event()
-    self._slots = queue.SimpleQueue()
+    self._slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
     for slot in _slots(limit, gpus_per_run):
       self._slots.put(slot)
 
@@ -97,7 +98,7 @@ class Ray:
       raise UserError(f'no Ray cluster at {address or "auto"!r}: {error}; {hint}') from error
     self._ray = ray
     self._task = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus_per_run, max_retries=0)(_ray_task)
-    self._references = {}
+    self._references: dict[concurrent.futures.Future, Any] = {}  # the values are of Ray
 
   def submit(self, job: Job) -> concurrent.futures.Future:
     reference = self._task.remote(job)
@@ -140,7 +141,7 @@ def _ray_task(job: Job) -> Result:
 
 def _within(seconds: float, call):
   """What `call` returns or raises; TimeoutError after `seconds`, with the call left behind in a daemon thread."""
-  future = concurrent.futures.Future()
+  future: concurrent.futures.Future = concurrent.futures.Future()
 
   def run():
     try:

@@ -83,7 +83,7 @@ def run_all(jobs: Sequence[Job], backend, limit: int) -> list[Result]:
   """
   results = {job.name: Result(job.name, 'finished') for job in jobs if is_finished(job.folder)}
   waiting = collections.deque(job for job in jobs if job.name not in results)
-  running = {}
+  running: dict[concurrent.futures.Future, Job] = {}
   with stop_event() as stop, _progress(jobs) as bar:
     while running or (waiting and not stop.is_set()):
       while waiting and len(running) < limit and not stop.is_set():

@@ -77,7 +77,7 @@ def overlay(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 def flatten(config: Config) -> dict[str, Any]:
   """Every setting by its full key: {'model.d_model': 128, ..., 'dispatch': 'auto'}."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in dataclasses.asdict(config).items():
     flat |= {f'{name}.{key}': inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
   return flat
@@ -97,7 +97,7 @@ def check_names(variants: Sequence[Variant]) -> None:
 
 
 def _joined(parts: Sequence[Variant]) -> Variant:
-  overrides = {}
+  overrides: dict[str, Any] = {}
   for part in parts:
     for key in part.overrides:
       if key in overrides:

@@ -10,7 +10,7 @@ complete; `saved.py` reads.
 import functools
 import pathlib
 import shutil
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,15 +22,16 @@ from moe.files import digests, sync_folder
 from moe.train import saved
 from moe.train.run_dir import read_config
 from moe.train.saved import FORMAT, Damaged, flatten
-from moe.train.state import TrainState
+from moe.train.state import TrainState, Weights
 
 UNFINISHED, DELETED, ASIDE = '.orbax-checkpoint-tmp', '.deleted', '.damaged'  # what may follow a step in a name
+State = TypeVar('State', TrainState, Weights)
 
 
-class Restored(NamedTuple):
+class Restored(NamedTuple, Generic[State]):
   """state: laid out as asked for. meta: of the checkpoint. remarks: lines for the user."""
 
-  state: TrainState
+  state: State
   meta: dict[str, Any]
   remarks: list[str]
 
@@ -91,7 +92,7 @@ class Checkpoints:
   def close(self) -> None:
     self._guard(self._writer.close)
 
-  def restore(self, step: int, like: TrainState) -> Restored:
+  def restore(self, step: int, like: TrainState) -> Restored[TrainState]:
     """The checkpoint of `step`, laid out as `like` (shapes, dtypes and shardings; see `abstract_like`).
 
     Moments are cast to the dtype of `like`, and a remark says so.
@@ -107,7 +108,7 @@ class Checkpoints:
       raise Damaged(f'checkpoint {folder} is damaged or foreign: the state in it is of step {int(found)}')
     return Restored(_joined(like, items), meta, remarks)
 
-  def restore_newest(self, like: TrainState) -> Restored | None:
+  def restore_newest(self, like: TrainState) -> Restored[TrainState] | None:
     """The newest checkpoint that is not damaged, as `restore` gives it, or None if there is none at all.
 
     Damaged ones after it are renamed to STEP.damaged and named in the remarks; they go when a later one is saved.
@@ -124,8 +125,8 @@ class Checkpoints:
         continue
       self._saved = step
       return found._replace(remarks=[*self._set_aside(damaged, step), *found.remarks])
-    for error in damaged.values():
-      raise UserError(f'{error}; none before it is whole: restore one from a copy, or choose another workdir')
+    for first in damaged.values():
+      raise UserError(f'{first}; none before it is whole: restore one from a copy, or choose another workdir')
     return None
 
   def _set_aside(self, damaged, step):
@@ -177,7 +178,7 @@ class Checkpoints:
       raise UserError(why) from error
 
 
-def restore_weights(run_dir: pathlib.Path, like: TrainState) -> Restored:
+def restore_weights(run_dir: pathlib.Path, like: State) -> Restored[State]:
   """`like` with the parameters and the entries of `balance` that it has, of a run's newest checkpoint.
 
   Nothing else is read or checked. The run may be training: what is being read is not deleted meanwhile.
@@ -195,7 +196,7 @@ def restore_weights(run_dir: pathlib.Path, like: TrainState) -> Restored:
         raise
 
 
-def start_from(source: pathlib.Path, balance: BalanceConfig, fresh: TrainState) -> Restored:
+def start_from(source: pathlib.Path, balance: BalanceConfig, fresh: TrainState) -> Restored[TrainState]:
   """`fresh` with weights and bias of another run's newest checkpoint, and all that a rule like ours remembers there.
 
   Args:

@@ -11,13 +11,19 @@ from moe.config import Config
 from moe.data.batches import Rows
 from moe.train import feed
 from moe.train.experts import Watch
-from moe.train.state import TrainState
+from moe.train.state import TrainState, Weights
 
 SUMS = ('nats', 'predicted', 'load_LE')
 
 
 def evaluate(
-  eval_step, state: TrainState, rows: Rows, config: Config, mesh, sequences: int = 0, watch: Watch | None = None
+  eval_step,
+  state: TrainState | Weights,
+  rows: Rows,
+  config: Config,
+  mesh,
+  sequences: int = 0,
+  watch: Watch | None = None,
 ) -> dict:
   """Loss and balance over validation rows. Routing is dropless; the bias stays.
 
@@ -33,14 +39,14 @@ def evaluate(
   """
   chosen = rows.spread(sequences)
   size = config.train.batch_size // config.train.microbatches
-  total = None
+  total: dict[str, np.ndarray] = {}
   for batch, out in _one_behind(_results(eval_step, state, rows, chosen, size, mesh)):
     part = jax.device_get({key: out[key] for key in SUMS})
     if watch:
       watch.add(batch, *jax.device_get((out['expert_LBSK'], out['nats_BS'])), out['weight_LBSK'])
     # Summed on the host in float64: a large validation set outgrows float32 and int32.
     part = {key: value.astype(np.int64 if key == 'load_LE' else np.float64) for key, value in part.items()}
-    total = part if total is None else {key: total[key] + part[key] for key in total}
+    total = part if not total else {key: total[key] + part[key] for key in total}
   nats, num_bytes = total['nats'] / np.maximum(total['predicted'], 1), rows.bytes_of(chosen)
   result = {
     'val_loss': float(nats[0]),

@@ -5,6 +5,7 @@ of evals.jsonl, and FILE has the rest of the newest evaluation. docs/see.md says
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Watch:
     self._load_SLE = np.zeros((count, L, E), np.int64)
     self._joint_LVE = np.zeros((L, self._text.num_kinds, E), np.int64)
     self._nats_S, self._targets_S = np.zeros(count), np.zeros(count, np.int64)
-    self._shown = {}
+    self._shown: dict[str, Any] = {}
 
   def add(self, chosen: np.ndarray, expert_LBSK: np.ndarray, nats_BS: np.ndarray, weight_LBSK) -> None:
     """A batch: rows `chosen` of the text, and of its first rows what `make_eval_step` says of each token.
@@ -65,7 +66,7 @@ class Watch:
     rows, (count, _, E), kinds = self._rows, self._load_SLE.shape, self._joint_LVE.shape[1]
     at_BS = np.asarray(chosen)[:, None] * rows.seq_len + np.arange(rows.seq_len)
     expert_LBSK, nats_BS = np.asarray(expert_LBSK)[:, : len(at_BS)], np.asarray(nats_BS)[: len(at_BS)]
-    inside = lambda at: np.minimum(at, len(rows.token_N) - 1)
+    inside: Callable[[np.ndarray], np.ndarray] = lambda at: np.minimum(at, len(rows.token_N) - 1)
     document_BS = np.searchsorted(rows.document_starts, inside(at_BS), side='right') - 1
     source_BS = self._text.sources.of_document[document_BS]
     target_BS = np.searchsorted(rows.document_starts, inside(at_BS + 1), side='right') - 1
@@ -124,7 +125,7 @@ class Watch:
       'sources': where.names,
       'load_SLE': encode(self._load_SLE.reshape(-1, self._load_SLE.shape[-1])),
       'token_kinds': self._text.num_kinds,
-      'routed_of_kinds': float(joint_LVE.sum() / max(1, self._load_SLE.sum())),
+      'routed_of_kinds': float(joint_LVE.sum() / max(1, int(self._load_SLE.sum()))),
       'information_bits': information.mutual_information(joint_LVE).tolist(),
       'information_bias_bits': information.bias(joint_LVE).tolist(),
       'expert_bits': information.entropy(joint_LVE.sum(1)).tolist(),

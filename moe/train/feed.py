@@ -1,5 +1,7 @@
 """From packed rows on every host to global batches on the mesh."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -35,7 +37,5 @@ def _place(rows, shape, mesh):
       parts[lo, hi] = {name: np.stack([micro[name] for micro in micros]) for name in ('token_BS', 'segment_BS')}
     return parts[lo, hi][key]
 
-  return {
-    key: jax.make_array_from_callback((*shape, width), sharding, lambda index, key=key: read(index, key))
-    for key in ('token_BS', 'segment_BS')
-  }
+  place = lambda key: jax.make_array_from_callback((*shape, width), sharding, functools.partial(read, key=key))
+  return {key: place(key) for key in ('token_BS', 'segment_BS')}

@@ -11,6 +11,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
@@ -37,7 +38,10 @@ class Logbook:
     Raises:
       UserError: the directory is not writable, or a row near the end of a file is damaged.
     """
-    self._path, self._files, self._digests, self.holes, self.last_steps = run_dir, {}, {}, [], {}
+    self._path, self.holes = run_dir, []
+    self._files: dict[str, BinaryIO] = {}
+    self._digests: dict[str, tuple[int, int]] = {}  # bytes and their CRC-32
+    self.last_steps: dict[str, int | None] = {}
     try:
       digests.check_logs(run_dir, whole=False)
       for name in FILES:
@@ -67,7 +71,7 @@ class Logbook:
     with self._guarded('load_history'):
       self._append('load_history', load_history.line(step, load_LE, bias_LE))
 
-  def sync(self) -> dict[str, list[int]]:
+  def sync(self) -> dict[str, int]:
     """Returns once all rows and their digests are on disk, with the bytes of each file. Raises UserError."""
     for name, file in self._files.items():
       with self._guarded(name):

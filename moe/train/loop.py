@@ -135,7 +135,7 @@ class Run:
     train, total = self.config.train, self.config.train.steps
     every, eval_every = self.config.checkpoint.every_steps, train.eval_every
     profile = profile_range(train.profile_steps)
-    pending = collections.deque()
+    pending: collections.deque[tuple[int, dict]] = collections.deque()  # (step, its metrics on the device)
     if self.done < total and self._owes_evaluation():
       self._evaluate()
     with progress(self.done, total) as bar, contextlib.ExitStack() as trace:
@@ -349,7 +349,8 @@ def _stop_on_signal():
 
   A second Ctrl-C acts as usual. Outside of the main thread, where Python sets no handlers, no signal comes.
   """
-  seen, handlers = [], {}
+  seen: list[int] = []
+  handlers = {}
 
   def on_signal(number, frame):
     if number == signal.SIGINT and seen:

@@ -87,10 +87,11 @@ def forward(model: Transformer, batch: dict, config: Resolved) -> Forward:
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
   h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config)
-  predicted, nats_BS = (model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS), ()
+  predicted = model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS
+  nats_BS: jax.Array | tuple = ()
   if config.each_token:
-    first, nats_BS = transformer.nats_of_each(*predicted)
-    nats_BS = jnp.where(main.weight_BS, nats_BS, 0)
+    first, each_BS = transformer.nats_of_each(*predicted)
+    nats_BS = jnp.where(main.weight_BS, each_BS, 0)
   else:
     first = transformer.nats(*predicted)
   nats, mtp_stats = [first], []

@@ -172,8 +172,8 @@ def _agreed(action):
   except UserError as error:
     result, why = None, error
   if jax.process_count() > 1:
-    text = f'{type(why) is Damaged:d}{why}'.encode()[:MESSAGE_BYTES] if why else b''
-    texts = multihost_utils.process_allgather(np.frombuffer(text.ljust(MESSAGE_BYTES, b'\0'), np.uint8))
+    mine = f'{type(why) is Damaged:d}{why}'.encode()[:MESSAGE_BYTES] if why else b''
+    texts = multihost_utils.process_allgather(np.frombuffer(mine.ljust(MESSAGE_BYTES, b'\0'), np.uint8))
     text = next((bytes(row).rstrip(b'\0').decode(errors='replace') for row in texts if row.any()), '')
     why = (Damaged if text[0] == '1' else UserError)(text[1:]) if text else None
   if why:

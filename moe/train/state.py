@@ -27,6 +27,13 @@ class TrainState(NamedTuple):
   opt_state: Any
 
 
+class Weights(NamedTuple):
+  """What evaluation and generation read of a state, by the same names."""
+
+  params: dict
+  balance: dict
+
+
 def create(config: Config, mesh) -> TrainState:
   """A fresh state on `mesh`; the same values on every mesh for the same config.train.seed."""
   # A program of many random draws takes XLA:CPU three times as long to optimise as to run unoptimised.

@@ -96,7 +96,8 @@ def make_eval_step(config: Resolved, mesh):
     nats, stats, nats_BS = losses.forward(model, batch, dropless)
     predicted = losses.count_positions(batch, config.model.mtp_depth).predicted
     sums = losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
-    return sums, {'nats_BS': nats_BS}, {'expert_LBSK': stats.chosen.expert_BSK, 'weight_LBSK': stats.chosen.weight_BSK}
+    expert_LBSK, weight_LBSK = stats.chosen
+    return sums, {'nats_BS': nats_BS}, {'expert_LBSK': expert_LBSK, 'weight_LBSK': weight_LBSK}
 
   of_tokens, of_routers = P(BATCH_AXES), P(None, BATCH_AXES)
   mapped = jax.shard_map(found, mesh=mesh, in_specs=(stored, P(), BATCH_SPEC), out_specs=(P(), of_tokens, of_routers))
@@ -184,7 +185,7 @@ def _metrics(sums: losses.Sums, counts: losses.Counts, grads, balance, config: C
     'bias_max': balance['bias_LE'].max(),
     'load_LE': sums.router.load_E,
   }
-  squares = {}
+  squares: dict[str, jax.Array | float] = {}
   for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
     group = parameter_group(path)
     squares[group] = squares.get(group, 0.0) + jnp.sum(grad * grad)

@@ -11,7 +11,7 @@ from jax import lax
 
 from moe.balance.routing import Routing
 from moe.model.dispatch import local
-from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._contract import expert_axis, in_two_steps
 from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.ops.permute import permute
 from moe.parallel.resolved import Resolved
@@ -19,7 +19,7 @@ from moe.parallel.resolved import Resolved
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
   """(x_MD, size_e, plan). M = shards * T * min(K, experts per shard), padded."""
-  axis, model = resolved.axes.expert, resolved.model
+  axis, model = expert_axis(resolved), resolved.model
   gather, scatter = _ways(axis)
   held = model.num_experts // lax.axis_size(axis)
   expert_TK = gather(routing.expert_TK) - lax.axis_index(axis) * held
@@ -32,7 +32,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
 
 def combine(y_MD: jax.Array, plan: local.Plan, resolved: Resolved) -> jax.Array:
   """The gate-weighted sum of each token's rows, of all shards."""
-  gather, scatter = _ways(resolved.axes.expert)
+  gather, scatter = _ways(expert_axis(resolved))
   return from_experts(scatter, gather, local.combine(y_MD, plan, resolved), in_fp8=in_fp8(resolved))
 
 

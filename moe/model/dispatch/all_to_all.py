@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._contract import expert_axis, in_two_steps
 from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.model.router import capacity
 from moe.ops.permute import Permutation, Sorted, combine_rows, key_of, lay_out, permute, sort_by_key
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
   """(x_MD, size_e, plan). M = shards * buffer, padded."""
-  axis = resolved.axes.expert
+  axis = expert_axis(resolved)
   shards, swapped = lax.axis_size(axis), functools.partial(swap, axis=axis)
   by, sent_de, received_se = exchange_counts(routing, resolved)
   buffer = buffer_rows(len(x_TD), resolved, shards)
@@ -40,7 +40,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
 
 def combine(y_MD: jax.Array, plan: Plan, resolved: Resolved) -> jax.Array:
   """The gate-weighted sum of each token's rows, which come home first."""
-  swapped = functools.partial(swap, axis=resolved.axes.expert)
+  swapped = functools.partial(swap, axis=expert_axis(resolved))
   rows_MD = from_experts(swapped, swapped, permute(y_MD, plan.regroup_back), in_fp8=in_fp8(resolved))
   return combine_rows(rows_MD, plan.unpack, plan.weight_TK)
 
@@ -61,7 +61,7 @@ def buffer_rows(tokens: int, resolved: Resolved, shards: int) -> int:
 
 def exchange_counts(routing: Routing, resolved: Resolved) -> tuple[Sorted, jax.Array, jax.Array]:
   """Assignments sorted by expert, rows sent per [destination, its expert] and received per [source, own expert]."""
-  experts, axis = resolved.model.num_experts, resolved.axes.expert
+  experts, axis = resolved.model.num_experts, expert_axis(resolved)
   by = sort_by_key(jnp.where(routing.keep_TK, routing.expert_TK, experts).reshape(-1), experts)
   sent_de = by.size.reshape(lax.axis_size(axis), -1)
   return by, sent_de, swap(sent_de, axis=axis)

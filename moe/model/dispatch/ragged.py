@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe.balance.routing import Routing
-from moe.model.dispatch._contract import in_two_steps
+from moe.model.dispatch._contract import expert_axis, in_two_steps
 from moe.model.dispatch._wire import from_experts, in_fp8, to_experts
 from moe.model.dispatch.all_to_all import buffer_rows, exchange_counts, regroup_by_expert, swap
 from moe.ops.permute import Layout, Permutation, combine_rows, permute
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 
 def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
   """(x_MD, size_e, plan). M = shards * the rows one shard can send another at most, padded."""
-  axis, (T, K) = resolved.axes.expert, routing.expert_TK.shape
+  axis, (T, K) = expert_axis(resolved), routing.expert_TK.shape
   shards, swapped = lax.axis_size(axis), functools.partial(swap, axis=axis)
   by, sent_de, received_se = exchange_counts(routing, resolved)
   send_s, receive_s = sent_de.sum(1), received_se.sum(1)
@@ -54,7 +54,7 @@ def dispatch(x_TD: jax.Array, routing: Routing, resolved: Resolved):
 def combine(y_MD: jax.Array, plan: Plan, resolved: Resolved) -> jax.Array:
   """The gate-weighted sum of each token's rows, which come home first."""
   rows_MD = permute(y_MD, plan.regroup_back)
-  back, there = _ways(len(rows_MD), plan.weight_TK.size, resolved.axes.expert)
+  back, there = _ways(len(rows_MD), plan.weight_TK.size, expert_axis(resolved))
   return combine_rows(from_experts(there, back, rows_MD, plan.routes, in_fp8(resolved)), plan.back, plan.weight_TK)
 
 

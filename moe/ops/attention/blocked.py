@@ -36,7 +36,7 @@ def backward(queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_
   product = lambda equation, *operands: jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
   dv = jnp.zeros_like(v_BSHU, jnp.float32)
   dkeys = [jnp.zeros_like(query, jnp.float32) for query in queries]
-  dqueries = [[] for _ in queries]
+  dquery_blocks: list[list[jax.Array]] = [[] for _ in queries]
   for rows, seen in _blocks(v_BSHU.shape[1]):
     probs = jnp.exp(_scores(queries, keys, start_BS, rows, seen, scale) - lse_BHS[:, :, rows, None])
     dv = add(dv, seen, product('bhqk,bqhu->bkhu', probs.astype(dtype), dout_BSHU[:, rows]))
@@ -44,9 +44,9 @@ def backward(queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_
     dscores = (probs * (dprobs - delta_BHS[:, :, rows, None]) * scale).astype(dtype)
     for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
       key = jnp.broadcast_to(key[:, seen], (*key[:, seen].shape[:2], heads, key.shape[3]))
-      dqueries[i].append(jnp.einsum('bhqk,bkhd->bqhd', dscores, key))
+      dquery_blocks[i].append(jnp.einsum('bhqk,bkhd->bqhd', dscores, key))
       dkeys[i] = add(dkeys[i], seen, product('bhqk,bqhd->bkhd', dscores, query[:, rows]))
-  dqueries = tuple(jnp.concatenate(parts, axis=1) for parts in dqueries)
+  dqueries = tuple(jnp.concatenate(parts, axis=1) for parts in dquery_blocks)
   return dqueries, tuple(dkey.astype(dtype) for dkey in dkeys), dv.astype(dtype)
 
 
@@ -57,7 +57,7 @@ def _blocks(S: int):
 
 def _scores(queries, keys, start_BS, rows, seen, scale):
   """Masked float32 scores of a block, [B, H, rows, seen]."""
-  total = 0
+  total: jax.Array | int = 0
   for query, key in zip(queries, keys, strict=True):
     equation = 'bqhd,bkd->bhqk' if key.shape[2] == 1 and query.shape[2] > 1 else 'bqhd,bkhd->bhqk'
     key = key[:, seen, 0] if equation == 'bqhd,bkd->bhqk' else key[:, seen]

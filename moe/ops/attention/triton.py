@@ -57,11 +57,11 @@ def backward(
   dout_BSHU = jnp.pad(dout_BSHU, ((0, 0), (0, more), (0, 0), (0, 0)))
   lse_BHS, delta_BHS = (jnp.pad(a, ((0, 0), (0, 0), (0, more))) for a in (lse_BHS * LOG2_E, delta_BHS))
   operands = (*queries, *keys, v_BSHU, dout_BSHU, lse_BHS, delta_BHS)
-  outs = (
+  padded = (
     *_dq(queries, keys, v_BSHU, operands, start_BS, scale, interpret),
     *_dkv(queries, keys, v_BSHU, operands, end_BS, scale, interpret),
   )
-  outs = [out[tuple(map(slice, shape))] for out, shape in zip(outs, shapes, strict=True)]
+  outs = [out[tuple(map(slice, shape))] for out, shape in zip(padded, shapes, strict=True)]
   n = len(queries)
   return tuple(outs[:n]), tuple(outs[n:-1]), outs[-1]
 
@@ -87,8 +87,8 @@ def _dkv(queries, keys, v_BSHU, operands, end_BS, scale, interpret):
 
 
 def _forward_kernel(*refs, parts: int, scale: float, block_k: int):
-  q, k, (v, start, out, lse) = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
-  q = [part[...] for part in q]
+  whole_q, k, (v, start, out, lse) = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
+  q = [part[...] for part in whole_q]
   block_q, start = len(q[0]), start[...]
   first = pl.program_id(0) * block_q
 
@@ -112,9 +112,9 @@ def _forward_kernel(*refs, parts: int, scale: float, block_k: int):
 
 
 def _dq_kernel(*refs, parts: int, scale: float, block_k: int):
-  q, k, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
+  whole_q, k, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
   v, dout, lse, delta, start, *dq = refs
-  q = [part[...] for part in q]
+  q = [part[...] for part in whole_q]
   dout, lse, delta, start = dout[...], lse[...][:, None], delta[...][:, None], start[...]
   block_q = len(q[0])
   first = pl.program_id(0) * block_q
@@ -136,9 +136,9 @@ def _dq_kernel(*refs, parts: int, scale: float, block_k: int):
 
 
 def _dkv_kernel(*refs, parts: int, scale: float, block_q: int):
-  q, k, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
+  q, whole_k, refs = refs[:parts], refs[parts : 2 * parts], refs[2 * parts :]
   v, dout, lse, delta, end, *dk, dv = refs
-  k, v, end = [part[...] for part in k], v[...], end[...]
+  k, v, end = [part[...] for part in whole_k], v[...], end[...]
   block_k = len(v)
   first = pl.program_id(0) * block_k
   position = first + jnp.arange(block_k)[:, None]

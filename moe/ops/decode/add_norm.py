@@ -82,7 +82,7 @@ def _kernel(x, scale, *refs, weighted: list[bool], eps: float):
     K = parts.shape[1] // x.shape[0]
     for k in range(K):
       of_parts = [load(parts, zero + p, t * K + k) for p in range(parts.shape[0])]
-      terms.append((weight[t, zero + k] if has_weight else 1.0, of_parts))
+      terms.append((1.0 if weight is None else weight[t, zero + k], of_parts))
   total = values.astype(jnp.float32)
   for share, of_parts in terms:
     total += share * sum(part.astype(jnp.float32) for part in of_parts)

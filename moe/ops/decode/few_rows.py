@@ -67,8 +67,8 @@ def feed_forward_dense(x_MD: jax.Array, gate: Weight, up: Weight, down: Weight, 
   parts = count_parts(_stack((down,), expert)[0], 'dense', len(x_MD))
 
   def on_gpu(x_MD, ws):
-    ws, only = _stack(ws, expert)
-    return few_rows_gpu.feed_forward_dense(x_MD, *ws, only)
+    (gate, up, down), only = _stack(ws, expert)
+    return few_rows_gpu.feed_forward_dense(x_MD, gate, up, down, only)
 
   def plain(x_MD, ws):
     *in_ws, down = matrix(ws, expert)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
@@ -116,4 +117,5 @@ def _turned(parts, start, r, mask, dtype, *, t, cos, sin):
 def _sum(parts, t, columns, mask, dtype):
   """float32 of the parts' sum, rounded to dtype. t is no constant: the interpreter of jax 0.10 takes none."""
   loads = [plt.load(parts.at[t * 0 + p, t, columns], mask=mask, other=0) for p in range(parts.shape[0])]
-  return sum(load.astype(jnp.float32) for load in loads).astype(dtype).astype(jnp.float32)
+  total = sum(load.astype(jnp.float32) for load in loads)
+  return lax.convert_element_type(total, dtype).astype(jnp.float32)

@@ -144,7 +144,7 @@ def _accumulator(k_steps, multiply, columns: int, full, empty):
         plgpu.wgmma_wait(1)
 
         @pl.when(k > 0)  # the product before this one is done with its slot
-        def _():
+        def release():
           plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, SLOTS)])
 
       lax.fori_loop(0, k_steps(info), per_k, None)
