@@ -37,6 +37,7 @@ test-live: $(TORCH_INSTALLED) $(FLAX_INSTALLED)  ## our checkpoints in transform
 lint: $(INSTALLED)  ## what CI checks of the source text
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 docs: $(DOCS_INSTALLED)  ## the pages and the reference as a site in build/site; a warning is an error
 	.venv-docs/bin/mkdocs build --strict

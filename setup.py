@@ -9,7 +9,8 @@ from setuptools.command.build_py import build_py
 
 HOME = pathlib.Path(__file__).parent
 DOCS = (HOME / 'docs/requirements.txt').read_text('utf-8').split()
-TEST = ['pytest>=8', 'pytest-xdist', 'ruff>=0.6', 'pyarrow', 'jinja2', 'nbclient', 'ipykernel', 'pyyaml']
+LINT = ['ruff>=0.6', 'mypy>=2.4', 'types-tqdm']
+TEST = ['pytest>=8', 'pytest-xdist', *LINT, 'pyarrow', 'jinja2', 'nbclient', 'ipykernel', 'pyyaml']
 
 
 class BuildWithConfigs(build_py):
