@@ -6,7 +6,7 @@ with gradients of their own, collectives, branches). What crosses a cut is found
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 from jax.extend import core
@@ -73,10 +73,10 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
     yield equation
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
       if _is_program(value):
-        yield from equations(getattr(value, 'jaxpr', value))
+        yield from equations(value.jaxpr if isinstance(value, core.ClosedJaxpr) else value)
 
 
-def _is_program(value) -> bool:
+def _is_program(value) -> TypeGuard[core.Jaxpr | core.ClosedJaxpr]:
   return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
@@ -105,7 +105,7 @@ def _choose(whole: core.Jaxpr, outs: Sequence[Sequence]) -> list[list]:
 
 
 def _varies(variable: core.Var) -> frozenset[str]:
-  return variable.aval.manual_axis_type.varying
+  return variable.aval.manual_axis_type.varying  # type: ignore[attr-defined]  # jax declares avals by their base
 
 
 def _distinct(atoms: Sequence) -> list[core.Var]:

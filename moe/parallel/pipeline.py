@@ -8,12 +8,12 @@ Gradients are added, and rings written, outside of the switch: XLA copies what a
 what a loop carries.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -108,8 +108,9 @@ def _trace(forward: Callable, example: tuple, keep: bool) -> _Stage:
 
   program, shapes = jax.make_jaxpr(whole, return_shape=True)(*example)
   outs = dict(zip('FBW', map(jax.tree.structure, shapes), strict=True))
-  ends = np.cumsum([tree.num_leaves for tree in outs.values()])
-  F, B, W = (list(range(end - tree.num_leaves, end)) for end, tree in zip(ends, outs.values(), strict=True))
+  counts = [len(jax.tree.leaves(one)) for one in shapes]
+  ends = itertools.accumulate(counts)
+  F, B, W = (list(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
   if keep:
     parts = dict(zip('FBW', cut(program, [F, B, W]), strict=True))
   else:

@@ -75,7 +75,8 @@ def lifetimes(schedule: Schedule) -> dict[str, dict[Held, tuple[int, int]]]:
 
 def _rows_of(lives: dict[Held, tuple[int, int]], ranks: int) -> tuple[dict[Held, int], int]:
   """A row for each, the first that is free on its rank, and how many rows the fullest rank has."""
-  row_of, busy_until = {}, [[] for _ in range(ranks)]
+  row_of: dict[Held, int] = {}
+  busy_until: list[list[int]] = [[] for _ in range(ranks)]  # of each row of a rank
   for held, (first, last) in sorted(lives.items(), key=lambda item: item[1]):
     mine = busy_until[held[0]]
     row = next((row for row, until in enumerate(mine) if until <= first), len(mine))

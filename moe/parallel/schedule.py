@@ -275,7 +275,7 @@ def _lay_out(name: str, paths: tuple[Path, ...], programs: list[list[Cell]], tim
   """The programs on common ticks, each cell as early as what it needs allows."""
   done: set[tuple[int, Op]] = set()
   left = [list(reversed(program)) for program in programs]
-  table = []
+  table: list[tuple[Cell, ...]] = []
   while any(left):
     row = [_take(rank, (), cells, done, paths) for rank, cells in enumerate(left)]
     if not any(row):

@@ -44,9 +44,10 @@ def cost(name: str, ranks: int, microbatches: int, times: Times) -> Cost:
   waits = [simulate.closed_form(name, ranks, times), simulate.bubble(textbook, times, False)]
   waits += [simulate.bubble(textbook, times, True), simulate.bubble(packed, times, True)]
   busy = max(sum(times.of(row[rank]) for row in packed.table) for rank in range(ranks)) * part
-  waits = [wait * part for wait in waits]
+  closed_form, free, in_lockstep, packed_wait = (wait * part for wait in waits)
   held = max(simulate.most_held(packed)) * part
-  return Cost(name, *waits, share=waits[-1] / (waits[-1] + busy), held=held)
+  share = packed_wait / (packed_wait + busy)
+  return Cost(name, closed_form, free, in_lockstep, packed_wait, share, held)
 
 
 def table(costs: Sequence[Cost]) -> str:

@@ -43,7 +43,8 @@ def evaluate(
   for batch, out in _one_behind(_results(eval_step, state, rows, chosen, size, mesh)):
     part = jax.device_get({key: out[key] for key in SUMS})
     if watch:
-      watch.add(batch, *jax.device_get((out['expert_LBSK'], out['nats_BS'])), out['weight_LBSK'])
+      expert_LBSK, nats_BS = jax.device_get((out['expert_LBSK'], out['nats_BS']))
+      watch.add(batch, expert_LBSK, nats_BS, out['weight_LBSK'])
     # Summed on the host in float64: a large validation set outgrows float32 and int32.
     part = {key: value.astype(np.int64 if key == 'load_LE' else np.float64) for key, value in part.items()}
     total = part if not total else {key: total[key] + part[key] for key in total}
@@ -71,7 +72,7 @@ def _results(eval_step, state, rows, chosen, size, mesh) -> Iterator[tuple[np.nd
 
 def _one_behind(items: Iterable) -> Iterator:
   """The items, each once the next one is begun: the host reads a batch while the device works on the one after it."""
-  before = []
+  before: list = []
   for item in items:
     yield from before
     before = [item]
