@@ -43,7 +43,14 @@ class RouterStats(NamedTuple):
 
 
 def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config: Config) -> RouterStats:
-  """Statistics of one router; see `RouterStats`."""
+  """Statistics of one router; see `RouterStats`.
+
+  Args:
+    routing: the router's decisions on this shard's T = B * S tokens.
+    bias_E: float32, the bias that it decided with.
+    mask_BS: bool, tokens that count.
+    config: model, balance.aux_loss, and balance.bias_rule, whose statistic is taken.
+  """
   model, balance = config.model, config.balance
   mask_T = mask_BS.reshape(-1)
   kept = routing.keep_TK.sum(dtype=jnp.int32)

@@ -87,6 +87,9 @@ def pack(
   """Encodes `documents` into one stream and cuts it into rows of `seq_len` targets.
 
   Args:
+    documents: in the order of the stream.
+    tokenizer: that encodes them; each begins with its BOS.
+    seq_len: targets per row, S: a row has S + 1 tokens.
     what: names the documents in errors, such as 'the validation text'.
     keep: calls its first argument, which encodes, or returns what that gave before, if it `fits`, its second.
 

@@ -52,6 +52,7 @@ def cached(
   Args:
     data: see `cache_dir`.
     name: of the file, without suffix; names all that the values depend on.
+    make: computes them, from nothing that the name leaves out.
     fits: whether values may be what `make` gives.
 
   Raises:

@@ -85,6 +85,13 @@ def describe(path: Path, corpus: Corpus, tokenizer: Tokenizer, rows: dict[str, R
 
   Of an older data.json only the digests are believed; what it lacks is made again.
 
+  Args:
+    path: run directory.
+    corpus: what the run reads.
+    tokenizer: that encoded it.
+    rows: 'train' and 'val', of that text.
+    data: its cache keeps the baselines' bits per byte, which take seconds to compute.
+
   Returns:
     Lines for the user.
 

@@ -36,6 +36,12 @@ class Cost(NamedTuple):
 def cost(name: str, ranks: int, microbatches: int, times: Times) -> Cost:
   """The cost of a schedule; see `moe.parallel.schedule.make` for what may be asked. Stages count as one per rank.
 
+  Args:
+    name: of `schedule.SCHEDULES`.
+    ranks: of the pipeline.
+    microbatches: per step.
+    times: how long a stage's operations take, in any unit.
+
   Raises:
     UserError: as `make`.
   """

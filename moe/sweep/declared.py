@@ -30,6 +30,7 @@ def load(
   Args:
     definitions: a Python file with the tables SWEEPS and SCALES (see configs/sweeps/declared.py).
     name: None: the grid alone, or without one DEFAULT.
+    scale: of SCALES: how large the model is, and how long it trains.
     settings: 'key=value', put over the scale's config.
     seeds: integers, as text.
     grid: 'key=value,value' each; every combination is a variant.

@@ -54,6 +54,12 @@ class RunOf:
 def make(name: str, scale: str, base: Config, variants: Sequence[Variant], seeds: Sequence[int]) -> Sweep:
   """A checked sweep.
 
+  Args:
+    name, scale: what it is called, and at which size it runs.
+    base: config that variants change.
+    variants: the first is what others are compared with.
+    seeds: of each variant, a run each: train.seed.
+
   Raises:
     UserError: no variants or seeds, names that are taken twice, a seed within a variant, or a variant that cannot run.
   """

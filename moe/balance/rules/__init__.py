@@ -44,6 +44,12 @@ class Rule:
     """What the rule counts of a shard's unmasked tokens besides loads, int32 [E, ...], to be added up over the batch.
 
     Integers, as float32 sums depend on the mesh.
+
+    Args:
+      routing: the router's decisions on this shard's tokens.
+      bias_E: float32, the bias that it decided with.
+      mask_T: bool, tokens that count.
+      model: top_k, num_experts and what else the router was set to.
     """
     del routing, bias_E, mask_T
     return jnp.zeros((model.num_experts, 0), jnp.int32)
@@ -51,7 +57,11 @@ class Rule:
   def update(
     self, state: dict, load_LE: jax.Array, statistic: jax.Array, gamma: jax.Array, balance: BalanceConfig
   ) -> dict[str, jax.Array]:
-    """The state after one optimizer step; arguments as of `update` of this folder."""
+    """The state after one optimizer step; arguments as of `update` of this folder.
+
+    Args:
+      state, load_LE, statistic, gamma, balance: as of `update` of this folder.
+    """
     raise NotImplementedError
 
 

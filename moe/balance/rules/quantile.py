@@ -43,6 +43,12 @@ def margin_histogram(scores_TE: jax.Array, bias_E: jax.Array, mask_T: jax.Array,
   """int32 [E, MARGIN_BINS] counts of score_j - alpha over unmasked tokens.
 
   Margins outside MARGIN_RANGE count in the outermost bins. Integers over fixed bins sum to the same on every mesh.
+
+  Args:
+    scores_TE: float32 scores of the router, before the bias.
+    bias_E: float32 routing bias, added to them.
+    mask_T: bool, tokens that count.
+    top_k: experts per token: alpha is the best biased score, `top_k` better ones aside.
   """
   scores_TE = lax.stop_gradient(scores_TE)
   alpha_T1 = lax.top_k(scores_TE + bias_E, top_k + 1)[0][:, -1:]
