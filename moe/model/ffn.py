@@ -63,6 +63,12 @@ def swiglu(x, w_gate, w_up, w_down, product: Callable) -> jax.Array:
   """(silu(x w_gate) * x w_up) w_down, in two calls of `product`.
 
   The two matrices that take x go side by side as one: x is read, and its gradient summed, once.
+
+  Args:
+    x: rows [..., D].
+    w_gate, w_up: [..., D, F] each.
+    w_down: [..., F, D].
+    product: (rows, weights) -> rows, such as a grouped matmul.
   """
   gate, up = jnp.split(product(x, jnp.concatenate([w_gate, w_up], axis=-1)), 2, axis=-1)
   return product(gated(gate, up), w_down)

@@ -47,6 +47,7 @@ class MoE(nnx.Module):
       h_BSD: this shard's tokens, normed.
       mask_BS: bool, tokens to route and count.
       bias_E: float32 routing bias.
+      config: of the whole run, resolved; its axes are those around.
     """
     h_TD, tensor = h_BSD.reshape(-1, h_BSD.shape[-1]), config.axes.tensor
     multiplicative = BIAS_RULES[config.balance.bias_rule].factor
@@ -85,6 +86,14 @@ class MoELayer(MoE):
 
 
 def attention_block(layer, x_BSD, segment_BS, config: Config):
+  """The residual stream after a layer's attention, summed over `tensor`.
+
+  Args:
+    layer: a layer of this file.
+    x_BSD: this shard's residual stream.
+    segment_BS: int32 document ids; no position sees another document.
+    config: precision, and the model's rope and attention.
+  """
   normed_BSD = rms_norm(x_BSD, layer.scale_attention_D[...], layer.eps)
   return x_BSD + lax.psum(layer.attention(normed_BSD, segment_BS, config), 'tensor')
 

@@ -10,6 +10,7 @@ def resolve(config: Config, expert_shards: int, platform: str, axes: Axes = AXES
   """The config with every 'auto' replaced.
 
   Args:
+    config: as the user gave it.
     expert_shards: that the experts are divided over.
     platform: as from `mesh.platform_of`.
     axes: names of the mesh's axes.

@@ -48,7 +48,12 @@ def route_logits(
   multiplicative: bool = False,
   dropless: bool = False,
 ) -> Routing:
-  """`route` from float32 logits."""
+  """`route` from float32 logits.
+
+  Args:
+    logits_TE: float32, of the router.
+    bias_E, mask_T, config, multiplicative, dropless: as of `route`.
+  """
   scores_TE = jax.nn.sigmoid(logits_TE) if config.score_fn == 'sigmoid' else jax.nn.softmax(logits_TE, -1)
   fixed_TE, bias_E = lax.stop_gradient(scores_TE), lax.stop_gradient(bias_E)
   biased_TE = fixed_TE * bias_E if multiplicative else fixed_TE + bias_E
@@ -116,7 +121,14 @@ def capacity(tokens: int, config: ModelConfig) -> int:
 
 
 def within_capacity(expert_TK, weight_TK, keep_TK, config: ModelConfig) -> jax.Array:
-  """keep_TK with each expert's assignments beyond its capacity dropped, lowest gate weights first (ties: later)."""
+  """keep_TK with each expert's assignments beyond its capacity dropped, lowest gate weights first (ties: later).
+
+  Args:
+    expert_TK: int32 experts of each token.
+    weight_TK: float32 gate weights.
+    keep_TK: bool, assignments that are there at all.
+    config: num_experts, top_k and capacity_factor, which is not 0.
+  """
   tokens = len(expert_TK)
   expert_M = jnp.where(keep_TK, expert_TK, config.num_experts).reshape(-1)
   # Sort by (expert, weight descending); a row's place inside its expert is its rank there.

@@ -88,7 +88,14 @@ def embed_tokens(table_VD: jax.Array, token_BS: jax.Array) -> jax.Array:
 
 
 def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config: Config) -> jax.Array:
-  """Tokens to the residual stream that enters the MoE layers."""
+  """Tokens to the residual stream that enters the MoE layers.
+
+  Args:
+    model: parameters as this shard computes with them.
+    token_BS: int32 ids of this shard's sequences.
+    segment_BS: int32 document ids.
+    config: of the dense layers before, and train.remat.
+  """
   x_BSD = embed_tokens(model.w_embedding_VD[...], token_BS)
   for layer in model.dense_layers:
     x_BSD = remat(lambda x, layer=layer: layer(x, segment_BS, config), config.train.remat)(x_BSD)
@@ -98,7 +105,15 @@ def embed(model: Transformer, token_BS: jax.Array, segment_BS: jax.Array, config
 def stack(
   model: Transformer, x_BSD: jax.Array, segment_BS: jax.Array, mask_BS: jax.Array, config: Resolved
 ) -> tuple[jax.Array, RouterStats]:
-  """The MoE layers; statistics come stacked over layers."""
+  """The MoE layers; statistics come stacked over layers.
+
+  Args:
+    model: parameters as this shard computes with them.
+    x_BSD: from `embed`.
+    segment_BS: int32 document ids.
+    mask_BS: bool, tokens to route and count.
+    config: of the layers, and train.remat.
+  """
   graph, layers = nnx.split(model.layers)
   bias_LE = model.bias_LE[...][: config.model.num_moe_layers]
 
@@ -116,9 +131,12 @@ def mtp_hidden(model, depth: int, h_BSD, next_token_BS, segment_BS, mask_BS, con
   vLLM: the paper leaves it open, and so a module that is trained here drafts well there, and the other way round.
 
   Args:
+    model: parameters as this shard computes with them.
+    depth: of the module, from 0.
     h_BSD: hidden state before it, of the main model or the module of one depth less, before any final norm.
     next_token_BS: the token depth + 1 positions ahead.
     segment_BS, mask_BS: document ids, and positions whose next_token lies in the same document.
+    config: of the module's layer, and train.remat.
   """
   module, eps = model.mtp[depth], config.model.norm_eps
   scale_before_D = (model.mtp[depth - 1] if depth else model).scale_out_D[...]
@@ -148,12 +166,24 @@ def mtp_input(w: Callable[[str], jax.Array], normed_BSD: jax.Array, embedded_BSD
 
 
 def nats(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):
-  """Sum over positions of weight * cross-entropy of the head's prediction, float32."""
+  """Sum over positions of weight * cross-entropy of the head's prediction, float32.
+
+  Args:
+    model: parameters as this shard computes with them.
+    h_BSD: hidden states, before the final norm.
+    scale_D: of that norm: the main model's or a module's.
+    target_BS: int32 token ids.
+    weight_BS: bool or float, what each position counts.
+  """
   return cross_entropy(*_predictions(model, h_BSD, scale_D, target_BS, weight_BS))
 
 
 def nats_of_each(model: Transformer, h_BSD: jax.Array, scale_D: jax.Array, target_BS: jax.Array, weight_BS: jax.Array):
-  """What `nats` returns, and the cross-entropy of each position, float32 [B, S]; for evaluation."""
+  """What `nats` returns, and the cross-entropy of each position, float32 [B, S]; for evaluation.
+
+  Args:
+    model, h_BSD, scale_D, target_BS, weight_BS: as of `nats`.
+  """
   total, nats_T = cross_entropy_of_each(*_predictions(model, h_BSD, scale_D, target_BS, weight_BS))
   return total, nats_T.reshape(target_BS.shape)
 

@@ -32,7 +32,11 @@ def cross_entropy(h_TD: jax.Array, w_DV: jax.Array, target_T, weight_T, vocab_si
 
 def cross_entropy_of_each(h_TD: jax.Array, w_DV: jax.Array, target_T, weight_T, vocab_size: int):
   """What `cross_entropy` returns, the same number bit for bit, and -log softmax(h w)[target] of each token, float32
-  [T]. Has no gradient of its own making: for evaluation."""
+  [T]. Has no gradient of its own making: for evaluation.
+
+  Args:
+    h_TD, w_DV, target_T, weight_T, vocab_size: as of `cross_entropy`.
+  """
   weight_T = weight_T.astype(jnp.float32)
   h_TD, w_DV, target_T, weight_T = align(h_TD, vary(w_DV, ('tensor',)), target_T, weight_T)
   nats, nats_T, _ = _over_chunks(h_TD, w_DV, target_T, weight_T, vocab_size, gradients=False)

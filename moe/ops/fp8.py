@@ -116,6 +116,11 @@ def wgrad_pays(rows: int, experts: int, D: int, F: int) -> bool:
   """Whether a Hopper GPU gains more by multiplying x^T dy in FP8 than it loses by turning x and dy.
 
   Decided by shapes alone, so that emulation rounds as the kernels do.
+
+  Args:
+    rows: of all experts, M.
+    experts: matrices, e.
+    D, F: columns of x and of dy.
   """
   written_s = experts * D * F * 2 / AS_IS_BYTES_PER_S  # with few rows per expert, writing dw is what takes long
   product_s = lambda flop_per_s: max(2 * rows * D * F / flop_per_s, written_s)
@@ -208,7 +213,14 @@ def _turned(x_MK, blocks):
 
 
 def product_of_turned(x: Quantized, dy: Quantized, blocks: Blocks, backend: str, dtype) -> jax.Array:
-  """dw [e, D, F] in `dtype`: x dy^T over each expert's blocks, of operands that `turn` made."""
+  """dw [e, D, F] in `dtype`: x dy^T over each expert's blocks, of operands that `turn` made.
+
+  Args:
+    x, dy: FP8 values [D, B * 128] and [F, B * 128] with scales [B, D] and [B, F].
+    blocks: the expert of each 128 columns.
+    backend: of `moe.ops.grouped_matmul`.
+    dtype: of the result.
+  """
   if backend == 'mosaic_gpu':
     return mosaic_gpu_fp8.rows_by_rows(*x, *dy, blocks.first_e, blocks.count_e, dtype)
   x_MD, dy_MF = (dequantize(Quantized(a.value.T, a.scale), COLUMNS) for a in (x, dy))
@@ -216,7 +228,15 @@ def product_of_turned(x: Quantized, dy: Quantized, blocks: Blocks, backend: str,
 
 
 def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) -> jax.Array:
-  """The grouped product, in `dtype`, of rows x [M, K] in ROWS and matrices w [e, N, K] in BLOCKS."""
+  """The grouped product, in `dtype`, of rows x [M, K] in ROWS and matrices w [e, N, K] in BLOCKS.
+
+  Args:
+    x: quantised rows, sorted by expert.
+    w: quantised matrices, transposed.
+    size_e: int32 rows per expert.
+    backend: of `moe.ops.grouped_matmul`.
+    dtype: of the result, [M, N].
+  """
   if backend == 'mosaic_gpu':
     return mosaic_gpu_fp8.rows_by_matrix(x.value, x.scale, w.value, w.scale, size_e, dtype)
   w_eKN = dequantize(w, BLOCKS).swapaxes(1, 2)

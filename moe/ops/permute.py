@@ -110,6 +110,12 @@ def lay_out(key_A: jax.Array, num_keys: int, rows: int, multiple: int = 1) -> La
   """Sorts assignments by key 0..num_keys-1 (num_keys: nowhere) and pads each key's rows to a `multiple`.
 
   `rows` is the most assignments that go anywhere; M = padded_rows(rows, num_keys, multiple).
+
+  Args:
+    key_A: int32 key of each assignment, such as its expert.
+    num_keys: one more than the largest key that goes somewhere.
+    rows: the most assignments that do.
+    multiple: what each key's rows are padded to.
   """
   by = sort_by_key(key_A, num_keys)
   size = -(-by.size // multiple) * multiple

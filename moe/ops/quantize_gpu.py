@@ -67,6 +67,12 @@ def turned(value_MK, scale_MA, blocks: Blocks, interpret: bool = False) -> tuple
   """Rows that `rows` made: (FP8 values [K, B * 128], float32 scales [B, K]) in blocks of 128 tokens x 1 channel.
 
   What lies past the last block is zeros.
+
+  Args:
+    value_MK: FP8, from `rows`.
+    scale_MA: float32 scales of 128 columns each, A = K / 128: powers of two.
+    blocks: of the rows.
+    interpret: run by jnp instead, on any platform.
   """
   whole, scales, outs = _specs(value_MK, blocks)
   operands = (value_MK, scale_MA.T)

@@ -26,7 +26,7 @@ def call(
   Args:
     kernel: function of references to the operands and outputs.
     grid: programs per axis.
-    operands: arrays, and `specs` a BlockSpec for each.
+    operands, specs: arrays, and a BlockSpec for each.
     outs: (shape, dtype, BlockSpec) of each output.
     warps, stages: per program, and of its loops' software pipelines.
     interpret: run by jnp instead, on any platform.

@@ -39,7 +39,14 @@ class Attention:
 
 
 def project(x: jax.Array, w: jax.Array, config: Config, contracted: int = 1) -> jax.Array:
-  """The last `contracted` axes of x times the first of w, in FP8 if precision.fp8 has 'attention'."""
+  """The last `contracted` axes of x times the first of w, in FP8 if precision.fp8 has 'attention'.
+
+  Args:
+    x: activations, [B, S, ...].
+    w: a parameter, whose first `contracted` axes are the last of x.
+    config: precision.fp8 and grouped_matmul, whose kernels multiply in FP8.
+    contracted: axes that are summed over.
+  """
   shape = x.shape[: x.ndim - contracted] + w.shape[contracted:]
   x = x.reshape(*x.shape[: x.ndim - contracted], -1)
   return linear(x, w.reshape(x.shape[-1], -1), 'attention', config).reshape(shape)

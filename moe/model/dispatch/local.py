@@ -36,6 +36,8 @@ def expert_order(expert_TK, keep_TK, num_experts: int, rows: int, row_multiple: 
   Args:
     expert_TK: expert of each assignment, in 0..num_experts-1 where keep_TK.
     keep_TK: assignments to move; there are at most `rows` of them.
+    num_experts: that rows are brought into the order of.
+    rows: the most there can be before padding.
     row_multiple: what every expert's rows are padded to.
 
   Returns:

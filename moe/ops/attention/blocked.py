@@ -10,7 +10,12 @@ BLOCK = 512  # queries
 
 
 def forward(queries, keys, v_BSHU, start_BS, scale: float) -> tuple[jax.Array, jax.Array]:
-  """(out [B, S, H, U], float32 natural logarithm of the softmax sums [B, H, S]); see `moe.ops.attention.attend`."""
+  """(out [B, S, H, U], float32 natural logarithm of the softmax sums [B, H, S]); see `moe.ops.attention.attend`.
+
+  Args:
+    queries, keys, v_BSHU, scale: as of `attend`.
+    start_BS: int32, first position of each position's document.
+  """
   outs, lses = [], []
   for rows, seen in _blocks(v_BSHU.shape[1]):
     scores = _scores(queries, keys, start_BS, rows, seen, scale)
@@ -25,7 +30,9 @@ def backward(queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_
   """Gradients of the queries' parts, the keys' parts (a row per head) and the values.
 
   Args:
+    queries, keys, v_BSHU, start_BS, scale: as of `forward`.
     end_BS: unused here; position after the last of each position's document.
+    dout_BSHU: gradient of the output.
     lse_BHS: from `forward`.
     delta_BHS: float32 sum over U of out * dout.
   """

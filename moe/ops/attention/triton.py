@@ -26,7 +26,12 @@ FORWARD, DQ, DKV = (128, 64, 8, 3), (128, 64, 8, 3), (32, 64, 4, 3)
 
 
 def forward(queries, keys, v_BSHU, start_BS, scale: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """(out [B, S, H, U], float32 natural logarithm of the softmax sums [B, H, S]); see `moe.ops.attention.attend`."""
+  """(out [B, S, H, U], float32 natural logarithm of the softmax sums [B, H, S]); see `moe.ops.attention.attend`.
+
+  Args:
+    queries, keys, v_BSHU, start_BS, scale: as of `blocked.forward`; bfloat16.
+    interpret: run by jnp instead, on any platform.
+  """
   shape = v_BSHU.shape
   queries, keys, v_BSHU, start_BS, _ = _padded(queries, keys, v_BSHU, start_BS, start_BS)
   B, S, H, U = v_BSHU.shape
@@ -49,7 +54,12 @@ def forward(queries, keys, v_BSHU, start_BS, scale: float, interpret: bool = Fal
 def backward(
   queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_BHS, scale: float, interpret: bool = False
 ):
-  """Gradients of the queries' parts, the keys' parts (a row per head) and the values; see `blocked.backward`."""
+  """Gradients of the queries' parts, the keys' parts (a row per head) and the values; see `blocked.backward`.
+
+  Args:
+    queries, keys, v_BSHU, start_BS, end_BS, dout_BSHU, lse_BHS, delta_BHS, scale: as of `blocked.backward`.
+    interpret: run by jnp instead, on any platform.
+  """
   shapes = [a.shape for a in (*queries, *queries, v_BSHU)]
   (dout_BSHU,), S = _heads_padded((dout_BSHU,)), v_BSHU.shape[1]
   queries, keys, v_BSHU, start_BS, end_BS = _padded(queries, keys, v_BSHU, start_BS, end_BS)

@@ -33,7 +33,13 @@ def matmul(x_MD: jax.Array, w: Weight, size_e: jax.Array) -> jax.Array:
 
 
 def swiglu(x_MD: jax.Array, w_gate: Weight, w_up: Weight, size_e: jax.Array) -> jax.Array:
-  """silu(x w_gate) * (x w_up) of weights of one kind, in one pass over both; else as `matmul`."""
+  """silu(x w_gate) * (x w_up) of weights of one kind, in one pass over both; else as `matmul`.
+
+  Args:
+    x_MD: rows sorted by expert.
+    w_gate, w_up: [e, D, F] each.
+    size_e: int32 rows per expert.
+  """
   return _products(x_MD, (w_gate, w_up), size_e)
 
 
@@ -63,7 +69,13 @@ def feed_forward_each(x_TD: jax.Array, gate: Weight, up: Weight, down: Weight, e
 
 
 def feed_forward_dense(x_MD: jax.Array, gate: Weight, up: Weight, down: Weight, expert: int | None = None) -> jax.Array:
-  """The same of all rows by one expert: matrices, or the number of one of several."""
+  """The same of all rows by one expert: matrices, or the number of one of several.
+
+  Args:
+    x_MD: rows.
+    gate, up, down: [D, F] twice and [F, D], or with e in front, of one kind.
+    expert: number of the matrices that all rows go through; None: there is one of each.
+  """
   parts = count_parts(_stack((down,), expert)[0], 'dense', len(x_MD))
 
   def on_gpu(x_MD, ws):

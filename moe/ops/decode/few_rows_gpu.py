@@ -128,17 +128,36 @@ def products(x_MK: jax.Array, ws: tuple, size_e: jax.Array, interpret: bool = Fa
 
 
 def parts_dense(x_MK: jax.Array, w, expert: int, interpret: bool = False) -> jax.Array:
-  """float32 [`count_parts`, M, N] that add up to the product of all rows with one expert's matrix."""
+  """float32 [`count_parts`, M, N] that add up to the product of all rows with one expert's matrix.
+
+  Args:
+    x_MK: rows.
+    w: weight [e, K, N], an array or quantised.
+    expert: number of the matrix.
+    interpret: run by jnp instead, on any platform.
+  """
   return _call(x_MK, (w,), 'dense', None, len(x_MK), interpret, expert)[:, 0]
 
 
 def feed_forward_each(x_TD, gate, up, down, expert_M, interpret: bool = False) -> jax.Array:
-  """float32 [`count_parts`, M, D] that add up to SwiGLU of row m // (M / T) by expert_M[m]; 0 for expert e."""
+  """float32 [`count_parts`, M, D] that add up to SwiGLU of row m // (M / T) by expert_M[m]; 0 for expert e.
+
+  Args:
+    x_TD, gate, up, down, expert_M: as of `few_rows.feed_forward_each`.
+    interpret: run by jnp instead, on any platform.
+  """
   return _feed_forward(x_TD, gate, up, down, 'each', expert_M, len(expert_M), interpret)
 
 
 def feed_forward_dense(x_MD, gate, up, down, expert: int, interpret: bool = False) -> jax.Array:
-  """The same of all rows by one expert."""
+  """The same of all rows by one expert.
+
+  Args:
+    x_MD: rows.
+    gate, up, down: [e, D, F] twice and [e, F, D], of one kind.
+    expert: number of the matrices.
+    interpret: run by jnp instead, on any platform.
+  """
   return _feed_forward(x_MD, gate, up, down, 'dense', None, len(x_MD), interpret, expert)
 
 

@@ -18,7 +18,12 @@ WARPS = 4
 
 
 def choose(logits_PTE, bias_E, mask_T, config: ModelConfig, multiplicative: bool, shared: bool, interpret=False):
-  """(expert_TK, weight_TK); see `moe.model.router.choose`."""
+  """(expert_TK, weight_TK); see `moe.model.router.choose`.
+
+  Args:
+    logits_PTE, bias_E, mask_T, config, multiplicative, shared: as of `moe.model.router.choose`.
+    interpret: run by jnp instead, on any platform.
+  """
   (P, T, _), G = logits_PTE.shape, config.num_groups
   operands = logits_PTE.reshape(P, T, G, -1), bias_E.reshape(G, -1), mask_T.astype(jnp.int32)
   anywhere, K = pl.BlockSpec(memory_space=pl.ANY), config.top_k + shared
