@@ -33,7 +33,14 @@ FEW = 16  # rows per expert up to which kernels stream each matrix once rather t
 
 
 def cache_shapes(config: Config, slots: int, capacity: int, mtp: bool) -> tuple[dict, ...]:
-  """ShapeDtypeStructs of the cache, [slots, capacity, ...]: a dict per layer, one more for MTP if `mtp`."""
+  """ShapeDtypeStructs of the cache, [slots, capacity, ...]: a dict per layer, one more for MTP if `mtp`.
+
+  Args:
+    config: model, and precision.compute, the cache's dtype.
+    slots: sequences at a time.
+    capacity: the most tokens of a sequence.
+    mtp: whether an MTP module drafts, and needs a cache too.
+  """
   model, dtype = config.model, jnp.dtype(config.precision.compute)
   shape = lambda rest: jax.ShapeDtypeStruct((slots, capacity, *rest), dtype)
   one = {name: shape(rest) for name, rest in ATTENTIONS[model.attention].cache(model).items()}
@@ -48,7 +55,14 @@ def cache_specs(config: Config, mtp: bool) -> tuple[dict, ...]:
 
 
 def chunk_at(length_B: jax.Array, valid_BS: jax.Array, capacity: int, config: ModelConfig) -> Chunk:
-  """The chunk whose row b starts at position length_B[b]."""
+  """The chunk whose row b starts at position length_B[b].
+
+  Args:
+    length_B: int32, tokens of each sequence that are in the cache.
+    valid_BS: bool, False for padding.
+    capacity: rows of the cache, and of the table of rotary angles.
+    config: width and frequencies of the rotary part.
+  """
   position_BS = length_B[:, None] + jnp.arange(valid_BS.shape[1])
   cos, sin = (jnp.asarray(table).at[position_BS].get(mode='clip') for table in angles(capacity, config))
   return Chunk(position_BS, valid_BS, cos, sin)
@@ -60,6 +74,9 @@ def run(w: dict, cache: tuple, token_BS: jax.Array, chunk: Chunk, config: Resolv
   Args:
     w: from `weights.prepare`, as sharded.
     cache: of the main model's layers, see `cache_shapes`.
+    token_BS: int32 ids of this shard's sequences.
+    chunk: where they stand.
+    config: of the run that the weights are of, resolved.
 
   Returns:
     h_BSD before the final norm, and the cache with the chunk's valid tokens in it.
@@ -76,7 +93,11 @@ def run_mtp(w: dict, depth: int, cache, hidden_BSD, next_token_BS, chunk: Chunk,
   """MTP module `depth` (from 0) on a chunk; see `transformer.mtp_hidden`.
 
   Args:
+    w, chunk, config: as of `run`.
+    depth: of the module, from 0.
+    cache: of the module's layer.
     hidden_BSD: state before it, after that one's final norm.
+    next_token_BS: int32, the token depth + 1 positions ahead.
 
   Returns:
     Its hidden state, before its norm, and its cache.
@@ -99,7 +120,14 @@ def logits(w: dict, normed_XD: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Resolved) -> tuple[Stream, tuple]:
-  """One layer, dense or with experts, of all tokens T = B * S: the residual stream and the cache."""
+  """One layer, dense or with experts, of all tokens T = B * S: the residual stream and the cache.
+
+  Args:
+    w: of the layer, as `weights.prepare` names them and sharded: 'ffn' if it is dense, else 'experts'.
+    cache: of the layer.
+    stream: what the layer before left, [T, D], with sums that are still to be added.
+    chunk, config: as of `run`.
+  """
   eps = config.model.norm_eps
   attention = CACHED_ATTENTIONS[config.model.attention]
   x_TD, normed_TD = add_norm(stream, w['scale_attention_D'], eps)
@@ -127,7 +155,14 @@ def feed_forward_weights(w: dict) -> tuple[Weight, Weight, Weight]:
 
 
 def routed(w: dict, h_TD, valid_T, config: Resolved) -> tuple[Sum, ...]:
-  """This tensor shard's part of the output of the routed experts, dropless, and of the shared one that is with them."""
+  """This tensor shard's part of the output of the routed experts, dropless, and of the shared one that is with them.
+
+  Args:
+    w: of the layer: 'w_router_DE', 'bias_E', 'experts' and, where it is not one of these, 'shared'.
+    h_TD: this shard's tokens, normed.
+    valid_T: bool, False for tokens that are not routed.
+    config: model, balance.bias_rule, and the backends that 'auto' meant.
+  """
   model, experts = config.model, w['experts']
   multiplicative = BIAS_RULES[config.balance.bias_rule].factor
   gate, up, down = experts['w_gate_eDF'], experts['w_up_eDF'], experts['w_down_eFD']

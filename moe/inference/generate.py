@@ -221,6 +221,11 @@ class Generator:
 def check_request(prompts, max_tokens: int, seeds: Sequence[int], slots: int, settings: Settings) -> None:
   """Checks the arguments of `Generator.run`.
 
+  Args:
+    prompts, max_tokens, seeds: as of `Generator.run`.
+    slots: sequences at a time.
+    settings: the capacity of the cache, drafts, and the model's vocabulary.
+
   Raises:
     UserError: no prompts or more than slots; one that is empty, has a token that the model does not know, or does not
       fit the cache; no seed for each, or one that is no uint32; max_tokens below 1.
@@ -260,7 +265,13 @@ def continuation(
 
   Args:
     params, bias_LE: of the training state.
+    tokenizer: of the run; its BOS begins the prompt and ends the document.
     config: with every 'auto' resolved.
+    mesh: of the state.
+    text: that is continued.
+    max_tokens: the most to draw, at least 1.
+    how: temperature and what else tokens are drawn by.
+    seed: of the draws.
     on_tokens: as in `Generator.run`.
   """
   prompt = [tokenizer.bos_id, *map(int, tokenizer.encode(text.encode()))]

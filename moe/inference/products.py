@@ -17,7 +17,13 @@ def project(x_TK: jax.Array, w) -> jax.Array:
 
 
 def feed_forward(gate, up, down, x_TD: jax.Array, expert: int | None = None) -> jax.Array:
-  """This tensor shard's part of a dense SwiGLU, as parts [P, T, D]; of one expert's matrices if they are several."""
+  """This tensor shard's part of a dense SwiGLU, as parts [P, T, D]; of one expert's matrices if they are several.
+
+  Args:
+    gate, up, down: this tensor shard's [D, F] twice and [F, D], or with e in front; arrays or quantised, of one kind.
+    x_TD: rows.
+    expert: number of the matrices that all rows go through; None: there is one of each.
+  """
   if len(x_TD) <= FEW_DENSE:
     return few_rows.feed_forward_dense(x_TD, gate, up, down, expert)
   gate, up, down = few_rows.matrix((gate, up, down), expert)

@@ -58,9 +58,12 @@ def prefill(w: dict, slots: Slots, token_BS, count_B, ends_B, settings: Settings
   """Runs a chunk of the prompts, and draws the first token of those that end in it.
 
   Args:
+    w: from `weights.prepare`, as sharded.
+    slots: this shard's sequences, before the chunk.
     token_BS: the chunk's tokens, and the one after it.
     count_B: tokens of each slot in this chunk.
     ends_B: whether its prompt ends here.
+    settings: what is compiled in.
   """
   config, layers = settings.config, settings.config.model.num_layers
   S = token_BS.shape[1] - 1

@@ -25,6 +25,7 @@ def prepare(params: dict, bias_LE: jax.Array, config: Config, mesh, scheme: str 
     params: nested dict as `transformer.abstract_params`, of any float dtype and sharding; some may be quantised.
     bias_LE: the routing bias, a row per MoE layer and MTP module.
     config: precision.compute, to which all but the router, its bias and the norms' scales are cast.
+    mesh: of `moe.parallel.mesh`.
     scheme: of `quantize.SCHEMES`: what weights that are not quantised yet become. Each shard quantises its own part.
 
   Returns:

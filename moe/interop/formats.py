@@ -60,7 +60,14 @@ def kind_for(tensor: Tensor, quantize: str | None) -> str | None:
 def described(
   name: str, shape: tuple[int, ...], dtype: str, kind: str | None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Tensors that stand for `name` of `shape`: safetensors' dtype and shape of each. Raises UserError if none can."""
+  """Tensors that stand for `name` of `shape`: safetensors' dtype and shape of each. Raises UserError if none can.
+
+  Args:
+    name: of the tensor.
+    shape: [outputs, inputs], or of any number of axes if `kind` is None.
+    dtype: safetensors' name of the plain one, such as 'BF16'; quantised tensors have their own.
+    kind: 'fp8', 'mxfp4' or None, as `kind_for` says.
+  """
   if kind is None:
     return {name: (dtype, shape)}
   outputs, inputs = shape
@@ -73,7 +80,12 @@ def described(
 
 
 def encode(name: str, value: np.ndarray, dtype: str, kind: str | None) -> dict[str, np.ndarray]:
-  """The tensors of `described`, rounded from `value`."""
+  """The tensors of `described`, rounded from `value`.
+
+  Args:
+    name, dtype, kind: as of `described`.
+    value: floats of the tensor's shape.
+  """
   if kind is None:
     return {name: value.astype(DTYPES[dtype], copy=False)}
   rounded = _quantize(np.ascontiguousarray(value.T), kind)
@@ -165,6 +177,8 @@ def read(stored: dict[str, Stored], name: str, rows: np.ndarray, columns: np.nda
   """Values of a tensor that `check` passed, as they are or dequantised to float32: [rows, columns].
 
   Args:
+    stored: the folder's tensors, by name.
+    name: of the tensor.
     rows, columns: indices; a vector is one column. Only what they name is read from the disk.
 
   Raises:

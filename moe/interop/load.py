@@ -114,6 +114,7 @@ def load(checkpoint: Checkpoint, mesh, specs: dict, dtype: str, quantized: bool 
   """The parameters on a mesh. In a run of several processes, each reads what its devices hold.
 
   Args:
+    checkpoint: from `open_checkpoint`.
     mesh: of `moe.parallel.mesh`.
     specs: nested dict as `transformer.abstract_params` with the PartitionSpec of each parameter, such as `specs` gives.
     dtype: 'float32' or 'bfloat16'; parameters that `is_float32` names are float32 in any case.

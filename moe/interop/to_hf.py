@@ -76,7 +76,14 @@ class Entry(NamedTuple):
 
 
 def plan_files(config: Config, dtype: str, max_shard_gb: float, quantize: str | None) -> list[list[Entry]]:
-  """What each file holds. Raises UserError if a tensor cannot be quantised."""
+  """What each file holds. Raises UserError if a tensor cannot be quantised.
+
+  Args:
+    config: of the run.
+    dtype: of tensors that are not quantised, 'bfloat16' or 'float32'.
+    max_shard_gb: the most a file holds, in 1e9 bytes, unless one tensor is larger.
+    quantize: what `formats.kind_for` takes.
+  """
   shapes, entries = array_shapes(config.model), []
   for tensor in names.table(config.model) + names.copies(config.model):
     kind, plain = formats.kind_for(tensor, quantize), shards.NAMED['float32' if tensor.is_bias else dtype]

@@ -28,7 +28,14 @@ class MultiHead(CachedAttention):
 
 
 def seen_before(q_BSHR, keys_BTHR, values_BTHU, chunk: Chunk, scale: float) -> jax.Array:
-  """softmax(scale * q k^T) v over the cached positions up to each query's own: [B, S, H, U]."""
+  """softmax(scale * q k^T) v over the cached positions up to each query's own: [B, S, H, U].
+
+  Args:
+    q_BSHR: rotated queries of the chunk, of this shard's heads.
+    keys_BTHR, values_BTHU: the cache with the chunk's in it; T rows, a position each.
+    chunk: where its tokens stand.
+    scale: factor on the scores.
+  """
   scores_BHST = jnp.einsum('bshr,bthr->bhst', q_BSHR, keys_BTHR, preferred_element_type=jnp.float32) * scale
   seen_BST = jnp.arange(keys_BTHR.shape[1]) <= chunk.position_BS[..., None]
   probs_BHST = masked_softmax(scores_BHST, seen_BST[:, None]).astype(values_BTHU.dtype)
