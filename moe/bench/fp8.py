@@ -13,7 +13,13 @@ from moe.ops.quantize_gpu import Blocks, blocks_of
 
 
 def measure(shape: Shape, backend: str, repeats: int, inner: int) -> list[dict]:
-  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising the operands."""
+  """A row per contender: ours, torch's with a scale per row where torch sees a GPU, and quantising the operands.
+
+  Args:
+    shape: of the grouped product, M rows [M, D] by E matrices [D, F].
+    backend: of `moe.ops.grouped_matmul`, of our products.
+    repeats, inner: as of `timing.median_s`.
+  """
   timing.say(f'fp8 {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
@@ -65,7 +71,14 @@ def measure(shape: Shape, backend: str, repeats: int, inner: int) -> list[dict]:
 
 
 def check(y_MF, x, w, x_MD, w_eDF, size_e) -> dict:
-  """Errors of the middle expert's rows, see `errors_of`."""
+  """Errors of the middle expert's rows, see `errors_of`.
+
+  Args:
+    y_MF: the product, of quantised operands.
+    x, w: those operands, in blocks ROWS [M, D] and BLOCKS [e, D, F].
+    x_MD, w_eDF: what they were quantised from.
+    size_e: rows per expert, on the host.
+  """
   e = len(size_e) // 2
   rows = slice(int(size_e[:e].sum()), int(size_e[: e + 1].sum()))
   of_rows = fp8.dequantize(fp8.Quantized(x.value[rows], x.scale[rows]), fp8.ROWS)
@@ -74,7 +87,15 @@ def check(y_MF, x, w, x_MD, w_eDF, size_e) -> dict:
 
 
 def check_wgrad(dw_eDF, x, dy, blocks: Blocks, x_MD, dy_MF, size_e) -> dict:
-  """Errors of the middle expert's weight gradient, see `errors_of`."""
+  """Errors of the middle expert's weight gradient, see `errors_of`.
+
+  Args:
+    dw_eDF: the gradient, of quantised operands.
+    x, dy: those operands as `fp8.turn` makes them, [D, tokens] and [F, tokens].
+    blocks: of their tokens.
+    x_MD, dy_MF: what they were quantised from.
+    size_e: rows per expert, on the host.
+  """
   e = len(size_e) // 2
   rows = slice(int(size_e[:e].sum()), int(size_e[: e + 1].sum()))
   mine = slice(int(blocks.first_e[e]), int(blocks.first_e[e] + blocks.count_e[e]))
@@ -84,7 +105,13 @@ def check_wgrad(dw_eDF, x, dy, blocks: Blocks, x_MD, dy_MF, size_e) -> dict:
 
 
 def errors_of(got, a, b, exact_a, exact_b) -> dict:
-  """Errors of a product: of rounding the result of a b, and of FP8. AssertionError if they are too large."""
+  """Errors of a product: of rounding the result of a b, and of FP8. AssertionError if they are too large.
+
+  Args:
+    got: the measured result, [m, n].
+    a, b: the operands as they were multiplied, dequantised: [m, k] and [k, n].
+    exact_a, exact_b: the same before they were quantised.
+  """
   got, a, b, exact_a, exact_b = (np.asarray(array, np.float64) for array in (got, a, b, exact_a, exact_b))
   rounded, exact = a @ b, exact_a @ exact_b
   error = np.linalg.norm(got - rounded) / np.linalg.norm(rounded)

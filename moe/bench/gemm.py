@@ -34,7 +34,14 @@ GPU_SHAPES = (
 
 
 def measure(shape: Shape, backends, dtype, repeats: int, inner: int) -> list[dict]:
-  """A row per contender, with seconds and TFLOP/s of the forward product and both gradients."""
+  """A row per contender, with seconds and TFLOP/s of the forward product and both gradients.
+
+  Args:
+    shape: of the grouped product, M rows [M, D] by E matrices [D, F].
+    backends: names in `moe.ops.grouped_matmul`.
+    dtype: of all operands.
+    repeats, inner: as of `timing.median_s`.
+  """
   timing.say(f'gemm {"x".join(map(str, shape))}')
   M, D, F, E = shape
   size_e = uneven_sizes(shape)
@@ -79,7 +86,14 @@ def uneven_sizes(shape: Shape) -> np.ndarray:
 
 
 def products(product, x, w, dy) -> dict:
-  """name -> (compiled function, its arguments) of y = product(x, w) and of its gradients."""
+  """name -> (compiled function, its arguments) of y = product(x, w) and of its gradients.
+
+  Args:
+    product: the function that is measured.
+    x: rows [M, D].
+    w: matrices [E, D, F], or one, [D, F].
+    dy: the gradient that comes back, [M, F].
+  """
   forward = jax.jit(product)
   dx = jax.jit(lambda x, w, dy: jax.vjp(lambda x: product(x, w), x)[1](dy)[0])
   dw = jax.jit(lambda x, w, dy: jax.vjp(lambda w: product(x, w), w)[1](dy)[0])
@@ -88,7 +102,13 @@ def products(product, x, w, dy) -> dict:
 
 
 def check(calls: dict, size_e, x, w, dy) -> None:
-  """Compares the first, middle and last expert with float32 products; raises AssertionError."""
+  """Compares the first, middle and last expert with float32 products; raises AssertionError.
+
+  Args:
+    calls: of `products`.
+    size_e: rows per expert, on the host.
+    x, w, dy: what `products` was given, [M, D], [E, D, F] and [M, F].
+  """
   y, dx, dw = (function(*arguments) for function, *arguments in calls.values())
   tolerance = 2**-7 if x.dtype == jnp.bfloat16 else 1e-4
   for e in {0, len(size_e) // 2, len(size_e) - 1}:

@@ -70,7 +70,16 @@ def _over(config, data: int) -> Config:
 
 
 def ours(ready, config: Resolved, mesh, batch: int, repeats: int, bytes_per_s: float) -> dict:
-  """One contender's row. 'of_floor': the time that reading the weights must take, over the time a step takes."""
+  """One contender's row. 'of_floor': the time that reading the weights must take, over the time a step takes.
+
+  Args:
+    ready: from `weights.prepare`.
+    config: of the model, resolved.
+    mesh: of the weights.
+    batch: sequences at a time.
+    repeats: calls, of which the median counts.
+    bytes_per_s: at which the memory can be read.
+  """
   timing.say(f'generate: batch {batch}, compile')
   settings = Settings(config, Sampling(), eos_ids=(), capacity=PROMPT + NEW, drafts=0)
   generator = generate.Generator(ready, settings, mesh, batch, PROMPT, steps_per_call=NEW - 1)
@@ -95,7 +104,14 @@ def ours(ready, config: Resolved, mesh, batch: int, repeats: int, bytes_per_s: f
 
 
 def theirs(peer, config: Config, batch: int, found: list[dict]) -> dict:
-  """The peer's row, with the share of ours' tokens that it finds too: all of them, in float32."""
+  """The peer's row, with the share of ours' tokens that it finds too: all of them, in float32.
+
+  Args:
+    peer: a `peers.Generation`.
+    config: of the model.
+    batch: sequences at a time.
+    found: rows of ours; the first of this batch has the tokens that are compared.
+  """
   taken = []
   for new in (1, 1, NEW):  # the first call warms up
     start = time.perf_counter()

@@ -66,7 +66,15 @@ class Inputs(NamedTuple):
 def measure(
   shape: Shape, compute: str, dense_tflop_per_s: float, repeats: int, inner: int, profiled: bool = False
 ) -> list[dict]:
-  """A row per contender: ours, ours in FP8 and, where torch and transformers are, Hugging Face's."""
+  """A row per contender: ours, ours in FP8 and, where torch and transformers are, Hugging Face's.
+
+  Args:
+    shape: of the layer and its tokens.
+    compute: 'float32' or 'bfloat16'.
+    dense_tflop_per_s: rate of a dense product on the same machine.
+    repeats, inner: as of `timing.median_s`.
+    profiled: list the kernels that take longest in our rows.
+  """
   say = lambda what: timing.say(f'layer {shape}: {what}')
   inputs = make_inputs(shape, compute)
   found: dict[str, dict[str, Any]] = {}
@@ -111,7 +119,14 @@ def make_inputs(shape: Shape, compute: str) -> Inputs:
 
 
 def build(shape: Shape, inputs: Inputs, compute: str, fp8: str = ''):
-  """The compiled (weights, x_TD, dy_TD) -> (y_TD, (gradient of the weights, dx_TD))."""
+  """The compiled (weights, x_TD, dy_TD) -> (y_TD, (gradient of the weights, dx_TD)).
+
+  Args:
+    shape: of the layer and its tokens.
+    inputs: of `make_inputs`; their values do not matter.
+    compute: 'float32' or 'bfloat16'.
+    fp8: modules that multiply in FP8, as precision.fp8 names them.
+  """
   config = Config(model=shape.model, precision=PrecisionConfig(compute=compute, fp8=fp8))
   mesh = make_mesh(config)
   config = resolve(config, mesh, platform_of(mesh))
@@ -136,6 +151,12 @@ def check(compiled, shape: Shape, inputs: Inputs, tolerance: float) -> dict:
   """Errors of output and gradients against float32, of the first CHECKED tokens. AssertionError if they are too large.
 
   No gradient comes back to the other tokens, so that the weights' gradient is of the first ones alone.
+
+  Args:
+    compiled: of `build`.
+    shape: of the layer and its tokens.
+    inputs: that it is called with, but for the gradients of tokens past CHECKED.
+    tolerance: the most that the norm of an error may be of that of what it should be.
   """
   n = min(CHECKED, shape.T)
   dy_TD = jnp.where(jnp.arange(shape.T)[:, None] < n, inputs.dy_TD, 0)
@@ -163,7 +184,14 @@ def check_peer(peer: peers.Layer, ours, tolerance: float) -> dict:
 # Tuning the kernels of a function that runs once takes longer than running it.
 @functools.partial(jax.jit, static_argnums=3, compiler_options={'xla_gpu_autotune_level': 0})
 def reference(weights: dict, x_TD: jax.Array, dy_TD: jax.Array, top_k: int):
-  """The same in float32 by another way: every expert takes all tokens, and most gates are 0."""
+  """The same in float32 by another way: every expert takes all tokens, and most gates are 0.
+
+  Args:
+    weights: nested dict of a MoELayer's parameters.
+    x_TD: tokens.
+    dy_TD: the gradient that comes back.
+    top_k: experts per token.
+  """
 
   def swiglu(x_TD, gate_DF, up_DF, down_FD):
     return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD

@@ -79,7 +79,14 @@ class Layer:
   """DeepseekV3MoE with given weights. A call runs it forward and backward, and returns the output [T, D]."""
 
   def __init__(self, model: ModelConfig, weights: dict, x_TD, dy_TD, compute: str):
-    """Copies `weights`, the nested dict of a MoELayer's parameters, and both arrays, by way of the host."""
+    """Copies `weights`, the nested dict of a MoELayer's parameters, and both arrays, by way of the host.
+
+    Args:
+      model: sizes of the layer.
+      weights: of a MoELayer.
+      x_TD, dy_TD: tokens, and the gradient that comes back.
+      compute: 'float32' or 'bfloat16', of weights and tokens.
+    """
     import torch
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 

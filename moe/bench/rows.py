@@ -49,7 +49,15 @@ def geometric_means(rows: list[dict]) -> dict[str, float]:
 
 
 def show(suite: str, machine: str, results: list[dict], notes: list[str], path: str) -> None:
-  """Prints the rows, each with its profile if it has one, and writes them to `path` as JSON unless that is ''."""
+  """Prints the rows, each with its profile if it has one, and writes them to `path` as JSON unless that is ''.
+
+  Args:
+    suite: its name.
+    machine: device and versions, in words.
+    results: the rows, each of values by name.
+    notes: lines to print below them; '' are left out.
+    path: of the JSON file.
+  """
   for row in results:
     entries = ((key, value) for key, value in row.items() if key != 'profile')
     print('  '.join(f'{key} {value:.4g}' if isinstance(value, float) else f'{value!s:16}' for key, value in entries))

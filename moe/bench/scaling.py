@@ -26,7 +26,16 @@ def measure(
   inner: int,
   profiled: bool = False,
 ) -> list[dict]:
-  """A row per number of experts at shape.T tokens, then one per number of tokens at shape.E experts."""
+  """A row per number of experts at shape.T tokens, then one per number of tokens at shape.E experts.
+
+  Args:
+    shape: of the layer; its numbers of experts and tokens are those of the sweep that varies the other.
+    experts, tokens: the numbers of each sweep, of which the first and the last layer are compared with a reference.
+    compute: 'float32' or 'bfloat16'.
+    dense_tflop_per_s: rate of a dense product on the same machine.
+    repeats, inner: as of `timing.median_s`.
+    profiled: list the kernels that take longest in each row.
+  """
   sweeps = {
     'experts': [shape._replace(E=count) for count in experts],
     'tokens': [shape._replace(T=count) for count in tokens],

@@ -69,7 +69,14 @@ def collect(config: Config, names, command, dense_tflop_per_s: float) -> list[di
 
 
 def contender(name: str, config: Config, repeats: int, profiled: bool = False) -> dict:
-  """The row of one contender, measured in this process; AssertionError if its losses are not those of a training."""
+  """The row of one contender, measured in this process; AssertionError if its losses are not those of a training.
+
+  Args:
+    name: of CONTENDERS.
+    config: from `sized`.
+    repeats: timed steps, of which the median counts.
+    profiled: list the kernels that take longest, if it is ours.
+  """
   token_BS = random_tokens(config)
   call: peers.Training | Training
   if name == peers.NAME:

@@ -56,7 +56,13 @@ def torch():
 
 
 def dense_tflop_per_s(size: int, dtype, repeats: int, inner: int) -> float:
-  """Rate of one dense product of `size` cubed: what the machine reaches in this run."""
+  """Rate of one dense product of `size` cubed: what the machine reaches in this run.
+
+  Args:
+    size: rows and columns of both matrices.
+    dtype: of theirs.
+    repeats, inner: as of `median_s`.
+  """
   say(f'dense {size}^3, {jnp.dtype(dtype).name}')
   x, w = (jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0)))
   run = jax.jit(jnp.matmul)

@@ -78,7 +78,14 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def show(generator: generate.Generator, prompts: list[list[int]], seeds: list[int], tokenizer: Tokenizer) -> None:
-  """Generates, and prints the texts and the figures."""
+  """Generates, and prints the texts and the figures.
+
+  Args:
+    generator: with a slot for each prompt.
+    prompts: token ids of each.
+    seeds: of each one's draws.
+    tokenizer: that turns tokens into text.
+  """
   streams, alone = [TextStream(tokenizer, STOP.value, prompt) for prompt in prompts], len(prompts) == 1
 
   def add(row, tokens):

@@ -48,7 +48,13 @@ def common(base: Run, other: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plot(base: Run, other: Run, names: tuple[str, str], path: pathlib.Path) -> None:
-  """Writes a PNG: both losses in nats per token, and their relative difference below."""
+  """Writes a PNG: both losses in nats per token, and their relative difference below.
+
+  Args:
+    base, other: the runs; differences are relative to the first.
+    names: what they are called in the legend, in this order.
+    path: of the file.
+  """
   steps, losses, others = common(base, other)
   figure = Figure(figsize=(7, 5), layout='constrained')
   above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))

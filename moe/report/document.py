@@ -68,7 +68,14 @@ def document(title: str, body: list[str]) -> str:
 
 
 def section(title: str, text: str, content: str, otherwise: str) -> str:
-  """A heading and its content, or the one-line statement `otherwise` where there is none."""
+  """A heading and its content, or the one-line statement `otherwise` where there is none.
+
+  Args:
+    title: HTML.
+    text: a caption, escaped here; '' for none.
+    content: HTML.
+    otherwise: a sentence, escaped here.
+  """
   if not content:
     return f'<section><h2>{title}</h2>\n<p class="muted">{escape(otherwise)}</p></section>'
   caption = f'<p class="muted">{escape(text)}</p>\n' if text else ''
@@ -76,7 +83,13 @@ def section(title: str, text: str, content: str, otherwise: str) -> str:
 
 
 def image(description: str, figure: Figure | None, title: str = '', wide: bool = False) -> str:
-  """The figure as an inline SVG under its title, '' for none; `description` is read to those who cannot see it."""
+  """The figure as an inline SVG under its title, '' for none; `description` is read to those who cannot see it.
+
+  Args:
+    description, title: a few words each, escaped here; no title is ''.
+    figure: None for nothing at all.
+    wide: over the whole page, not a column of it.
+  """
   if figure is None:
     return ''
   source = 'data:image/svg+xml;base64,' + base64.b64encode(figures.to_svg(figure)).decode()

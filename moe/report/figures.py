@@ -210,7 +210,17 @@ def _layer_colorbar(figure, axes, run, moe_layers):
 
 
 def curves_by_layer(figure, axes, run: Run, steps, value_NL, smooth: bool = True, log: bool = False, marker=None):
-  """A curve per layer, and one per MTP module in another colour: running means, and what they are of faint behind."""
+  """A curve per layer, and one per MTP module in another colour: running means, and what they are of faint behind.
+
+  Args:
+    figure, axes: from `panel`.
+    run: names the layers.
+    steps: [N], ascending.
+    value_NL: a value per step and layer.
+    smooth: draw running means, where there are enough steps.
+    log: a logarithmic axis, on which values of 0 have no place.
+    marker: matplotlib's, for each value; None: dots where a line would be too short.
+  """
   names, smooth = run.layer_names, smooth and len(steps) > 9
   moe_layers = len(names) - run.setting('model.mtp_depth')
   color_of, few = LAYER_COLORS.resampled(max(moe_layers, 2)), moe_layers <= NAMED_LAYERS
@@ -245,7 +255,15 @@ def panel(ylabel: str | None, height_in: float = HEIGHT_IN, width_in: float = WI
 
 
 def curve(axes, steps, values, color, label=None, smooth=True):
-  """Raw values faint and their running mean bold, or only the raw values; dots where a line would be too short."""
+  """Raw values faint and their running mean bold, or only the raw values; dots where a line would be too short.
+
+  Args:
+    axes: to draw on.
+    steps, values: [N] each, steps ascending.
+    color: matplotlib's.
+    label: in the legend; None: not there.
+    smooth: draw the running mean, too.
+  """
   if len(steps) < 3:
     axes.plot(steps, values, 'o', color=color, label=label)
   elif smooth:

@@ -62,7 +62,10 @@ def step_s(
 
   Args:
     load_LE: copies of the whole batch per layer and expert, before dropping.
+    devices: that experts and tokens are divided over.
     flops_per_token: of the whole model, forward and backward, matrix products alone.
+    d_model, d_expert: width of the model, and hidden width of an expert.
+    top_k: experts per token.
     capacity_factor: an expert keeps at most so many times the mean load; 0: all.
   """
   copies_L = load_LE.sum(-1)

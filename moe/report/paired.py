@@ -56,6 +56,10 @@ def adjusted(base: str, variants: Sequence[str], seeds: Sequence[int], values: S
 
   The batches of a seed are good or bad for all variants, so that plain means over other seeds cannot be compared. Where
   all variants have the same seeds, the adjusted means are the plain ones. The noise is taken to be as large in all.
+
+  Args:
+    base: the variant that gaps are to.
+    variants, seeds, values: of each run.
   """
   names = list(dict.fromkeys(variants))
   value = np.array(values, np.float64)

@@ -28,6 +28,11 @@ def evaluate(
   """Loss and balance over validation rows. Routing is dropless; the bias stays.
 
   Args:
+    eval_step: from `step.make_eval_step`, of this config and mesh.
+    state: the parameters, and the bias in `balance`.
+    rows: of the validation text.
+    config: model, and batch and microbatches, whose quotient is the sequences at a time.
+    mesh: of the state.
     sequences: so many rows, spread over the text, so that each part of it has its weight; 0: all.
     watch: is told what became of each token.
 

@@ -62,6 +62,12 @@ class Watch:
     """A batch: rows `chosen` of the text, and of its first rows what `make_eval_step` says of each token.
 
     Weights may still be on the device: only the first batch's are read.
+
+    Args:
+      chosen: int64 [rows], numbers of the rows; batches may have more, which are padding.
+      expert_LBSK: int32 experts of each token by router, -1 where it was not routed.
+      nats_BS: float32 cross-entropy of the token after each, 0 where it does not count.
+      weight_LBSK: float32 gate weights.
     """
     rows, (count, _, E), kinds = self._rows, self._load_SLE.shape, self._joint_LVE.shape[1]
     at_BS = np.asarray(chosen)[:, None] * rows.seq_len + np.arange(rows.seq_len)

@@ -11,7 +11,14 @@ from moe.train.step import BATCH_SPEC
 
 
 def train_batch(batches: Batches, step: int, microbatches: int, mesh) -> dict[str, jax.Array]:
-  """The global batch of `step` (from 0): [microbatches, B, S + 1]; each process reads only its own rows."""
+  """The global batch of `step` (from 0): [microbatches, B, S + 1]; each process reads only its own rows.
+
+  Args:
+    batches: of the training text.
+    step: from 0; the batch is a function of it and the seed.
+    microbatches: that its sequences are divided into, B each.
+    mesh: whose (data, expert) sequences are sharded over.
+  """
   size = batches.batch_size // microbatches
 
   def rows(micro, lo, hi):
@@ -21,7 +28,14 @@ def train_batch(batches: Batches, step: int, microbatches: int, mesh) -> dict[st
 
 
 def eval_batch(rows: Rows, chosen: np.ndarray, size: int, mesh) -> dict[str, jax.Array]:
-  """A validation batch: rows `chosen`, int64 [at most size], then padding; [1, size, S + 1]."""
+  """A validation batch: rows `chosen`, int64 [at most size], then padding; [1, size, S + 1].
+
+  Args:
+    rows: of the validation text.
+    chosen: numbers of its rows.
+    size: sequences of the batch, B.
+    mesh: whose (data, expert) sequences are sharded over.
+  """
   return _place(lambda _, lo, hi: rows.padded_rows(chosen[lo:hi], hi - lo), (1, size), mesh)
 
 

@@ -32,6 +32,9 @@ class Logbook:
     or past that: it will be made again.
 
     Args:
+      run_dir: that exists.
+      resume_step: step of the checkpoint that the run goes on from; 0 for a new one.
+      last_step: the run's last, train.steps.
       logged: what `sync` returned before the checkpoint of resume_step was written, if that is known; rows of it that
         are no longer there are named in `holes`, a line each. `last_steps` has the step of each file's last row.
 

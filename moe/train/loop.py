@@ -85,7 +85,13 @@ class Run:
     """Compiles nothing yet; restores the newest checkpoint or makes a fresh state. Raises UserError.
 
     Args:
+      config: as given; 'auto' is resolved here.
+      path: run directory, which this process owns if it is the first.
+      device_mesh: from `mesh.make_mesh`.
+      rows: 'train' and 'val', packed.
+      tokenizer: that encoded them.
       stop: says whether to stop, to all processes the same; asked between steps and batches.
+      callbacks: hear of rows, evaluations and the end, in this order.
     """
     self.given, self.stop, self.callbacks = config, stop, callbacks
     self.config = step.resolve(config, device_mesh, mesh.platform_of(device_mesh))
@@ -329,7 +335,14 @@ def _due(done, every):
 
 
 def progress(done, total, unit='step', what=None, leave=True) -> tqdm.tqdm:
-  """A bar on a terminal and a line now and then in a log, from the first process only."""
+  """A bar on a terminal and a line now and then in a log, from the first process only.
+
+  Args:
+    done, total: units before the first, and in all.
+    unit: what one is called.
+    what: stands before the bar.
+    leave: keep the bar when it is full.
+  """
   quiet = not sys.stderr.isatty()
   return tqdm.tqdm(
     total=total,

@@ -113,9 +113,11 @@ def loss(
   CE mean + mtp_weight / depth * sum of the MTP means (arXiv 2412.19437, equation 25) + auxiliary loss + z-loss.
 
   Args:
+    model: parameters as this shard computes with them.
     batch: token_BS, segment_BS [B, S + 1].
     counts: positions of the whole batch.
     earlier_load_LE: loads of the step's earlier microbatches on this shard.
+    config: mtp_weight, the balance losses' weights and scope, and the model.
   """
   depth = config.model.mtp_depth
   nats, stats, _ = forward(model, batch, config)

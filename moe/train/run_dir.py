@@ -102,7 +102,10 @@ def describe_run(path: pathlib.Path, config: Config, mesh, command: str, step: i
   """Writes config.json: settings, versions, command, device and parameter counts, and adds to its history of starts.
 
   Args:
+    path: run directory.
     config: as given; every 'auto' in it is written down as what it means on `mesh`, too.
+    mesh: the run's devices.
+    command: what started it, as one would type it.
     step: that this start goes on from.
     holes: lines about rows that are missing.
 
