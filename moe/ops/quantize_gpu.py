@@ -80,8 +80,9 @@ def turned(value_MK, scale_MA, blocks: Blocks, interpret: bool = False) -> tuple
 
 
 def both_ways(x_MK, blocks: Blocks, interpret: bool = False) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-  """What `rows` makes of x with powers of two, and what `turned` would make of x itself.
+  """x quantised twice in one kernel: by rows with scales of powers of two, as `rows` does it, and by columns.
 
+  The second half is laid out as the result of `turned`, but made from x and not from values that are rounded already.
   Rows of no block are unspecified.
   """
   (M, K), (whole, scales, outs) = x_MK.shape, _specs(x_MK, blocks)

@@ -56,7 +56,7 @@ def quantize(w: jax.Array, kind: str) -> Fp8Weight | Mxfp4Weight:
 
 
 def dequantize(w: Weight, dtype) -> jax.Array:
-  """The matrices [..., K, N] in `dtype`; those that are arrays already are cast."""
+  """The matrices [..., K, N] in `dtype`: quantised ones decoded, arrays cast."""
   if isinstance(w, Fp8Weight):
     return fp8.dequantize(fp8.Quantized(*w), fp8.BLOCKS).astype(dtype)
   if isinstance(w, Mxfp4Weight):

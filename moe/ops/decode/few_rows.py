@@ -69,7 +69,7 @@ def feed_forward_each(x_TD: jax.Array, gate: Weight, up: Weight, down: Weight, e
 
 
 def feed_forward_dense(x_MD: jax.Array, gate: Weight, up: Weight, down: Weight, expert: int | None = None) -> jax.Array:
-  """The same of all rows by one expert: matrices, or the number of one of several.
+  """float32 [P, M, D] that add up, over P, to SwiGLU of all rows by the matrices of one expert.
 
   Args:
     x_MD: rows.
@@ -90,7 +90,7 @@ def feed_forward_dense(x_MD: jax.Array, gate: Weight, up: Weight, down: Weight, 
 
 
 def parts_dense(x_MD: jax.Array, w: Weight, expert: int | None = None) -> jax.Array:
-  """Parts, as those, of all rows times one matrix, [D, F] or that of an expert in [e, D, F]."""
+  """float32 [P, M, F] that add up, over P, to all rows times one matrix: w [D, F], or expert's one of w [e, D, F]."""
   parts = count_parts(_stack((w,), expert)[0], 'dense', len(x_MD))
   on_gpu = lambda x_MD, w: few_rows_gpu.parts_dense(x_MD, *_stack(w, expert))
   plain = lambda x_MD, w: _as_parts(_at_once(x_MD, (matrix(w, expert),)), parts)
@@ -124,12 +124,12 @@ def _stack(ws, expert):
 
 
 def _as_parts(y_MF, parts: int):
-  """y and zeros: [parts, M, F]."""
+  """[parts, M, F] that add up to y: y itself, then zeros."""
   return y_MF[None] if parts == 1 else jnp.pad(y_MF[None].astype(jnp.float32), ((0, parts - 1), (0, 0), (0, 0)))
 
 
 def _at_once(x_MD, ws):
-  """The products with matrices [D, F]. What was rounded to few bits is not rounded once more, to bfloat16."""
+  """x times each matrix [D, F], or SwiGLU of two. Weights of few bits are multiplied in float32, not in bfloat16."""
 
   dtype = result_dtype(x_MD.dtype, ws)
 
@@ -141,7 +141,11 @@ def _at_once(x_MD, ws):
 
 
 def _by_expert(x_MD, ws, size_e):
-  """Work item by work item. One with less than a tile of rows computes some of the next item's, which it then mends."""
+  """One work item (a tile of an expert's rows) after another.
+
+  An item that has less than a tile of rows also computes rows of the item after it, with the wrong matrix; that item
+  overwrites them.
+  """
   (rows, _), (experts, _, F) = x_MD.shape, shape_of(ws[0])
   tile = item_rows(rows, experts)
   x_MD = jnp.pad(x_MD, ((0, tile), (0, 0)))
