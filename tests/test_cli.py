@@ -259,6 +259,13 @@ def test_a_reader_of_the_list_of_commands_that_has_gone():
     os.close(write)
 
 
+def test_exports_refuse_settings_that_they_would_ignore():
+  command = [sys.executable, '-m', 'moe', 'convert', '--run=x', '--to_hf=y', '--config.train.seed=2']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+  says = 'error: --config.train.seed is for --from_hf; what --to_hf writes follows from the run\n'
+  assert (done.returncode, done.stderr) == (2, says)
+
+
 def test_output_that_cannot_be_written():
   with open('/dev/full', 'w') as full:
     assert ends('print("x")', full)[::2] == (2, 'error: cannot write the output: No space left on device\n')
