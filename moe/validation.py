@@ -23,8 +23,8 @@ def validate(config: 'Config') -> None:
   _validate_balance(config)
   _validate_paths(config)
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
-  _at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
-  _at_least(train, 'train', 0, 'seed mtp_weight load_every eval_every eval_sequences sample_tokens')
+  at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
+  at_least(train, 'train', 0, 'seed mtp_weight load_every eval_every eval_sequences sample_tokens')
   one_of('train.logger', train.logger, ('none', 'wandb', 'mlflow'))
   one_of('train.remat', train.remat, ('none', 'dots', 'full'))
   _require(
@@ -39,14 +39,14 @@ def validate(config: 'Config') -> None:
     f'config train.batch_size = {train.batch_size}, data.seq_len = {data.seq_len} and model.top_k = '
     f'{config.model.top_k} make {assignments} assignments a step; int32 counts them, up to {2**31 - 1}',
   )
-  _at_least(data, 'data', 2, 'seq_len')
+  at_least(data, 'data', 2, 'seq_len')
   _require(
     data.seq_len > config.model.mtp_depth + 1,
     f'config data.seq_len = {data.seq_len} leaves no target for model.mtp_depth = {config.model.mtp_depth}',
   )
   _require(0 < data.val_fraction < 1, f'config data.val_fraction = {data.val_fraction} must be between 0 and 1')
-  _at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm')
-  _at_least(opt, 'optimizer', 1e-18, 'eps')  # less: a gradient whose square is 0 in float32 is divided by next to 0
+  at_least(opt, 'optimizer', 0, 'learning_rate warmup_steps weight_decay clip_norm')
+  at_least(opt, 'optimizer', 1e-18, 'eps')  # less: a gradient whose square is 0 in float32 is divided by next to 0
   _fraction(opt, 'optimizer', 'decay_fraction final_lr_fraction beta1 beta2')
   _at_most(opt, 'optimizer', 0.999999, 'beta1 beta2')  # more: 1 - beta is 0 in float32, and Adam divides by it
   one_of('optimizer.schedule', opt.schedule, ('wsd', 'cosine'))
@@ -55,8 +55,8 @@ def validate(config: 'Config') -> None:
     one_of('precision.fp8', module, FP8_MODULES)
   one_of('precision.compute', config.precision.compute, ('float32', 'bfloat16'))
   one_of('precision.matmul', config.precision.matmul, ('default', 'highest'))
-  _at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
-  _at_least(mesh, 'mesh', 1, 'num_processes start_timeout_s')
+  at_least(mesh, 'mesh', 0, 'pipe data expert tensor cpu_devices process_id')
+  at_least(mesh, 'mesh', 1, 'num_processes start_timeout_s')
   _at_most(mesh, 'mesh', 4096, 'cpu_devices')
   _require(
     mesh.process_id < mesh.num_processes,
@@ -67,16 +67,16 @@ def validate(config: 'Config') -> None:
     f'config mesh.num_processes = {mesh.num_processes} and mesh.coordinator = {mesh.coordinator!r} disagree: several '
     'processes need the host:port of process 0, one process needs none',
   )
-  _at_least(config.checkpoint, 'checkpoint', 0, 'every_steps')
-  _at_least(config.checkpoint, 'checkpoint', 1, 'keep')
+  at_least(config.checkpoint, 'checkpoint', 0, 'every_steps')
+  at_least(config.checkpoint, 'checkpoint', 1, 'keep')
   one_of('dispatch', config.dispatch, ('auto', *DISPATCHERS))
   one_of('grouped_matmul', config.grouped_matmul, ('auto', *GROUPED_MATMULS))
 
 
 def _validate_model(model: 'ModelConfig'):
-  _at_least(model, 'model', 1, 'vocab_size d_model num_layers d_ff d_expert num_experts top_k num_groups top_groups')
-  _at_least(model, 'model', 1, 'num_heads v_dim yarn_original_len')
-  _at_least(model, 'model', 0, 'num_dense_layers num_shared_experts capacity_factor q_lora_rank qk_nope_dim mtp_depth')
+  at_least(model, 'model', 1, 'vocab_size d_model num_layers d_ff d_expert num_experts top_k num_groups top_groups')
+  at_least(model, 'model', 1, 'num_heads v_dim yarn_original_len')
+  at_least(model, 'model', 0, 'num_dense_layers num_shared_experts capacity_factor q_lora_rank qk_nope_dim mtp_depth')
   _require(
     model.num_dense_layers < model.num_layers,
     f'config model.num_dense_layers = {model.num_dense_layers} must be below model.num_layers = {model.num_layers}: '
@@ -119,10 +119,8 @@ def _validate_model(model: 'ModelConfig'):
   for name, limit in (('rope_theta', 1), ('init_std', 0), ('route_scale', 0)):
     value = getattr(model, name)
     _require(value > limit, f'config model.{name} = {value} must be above {limit}')
-  _at_least(
-    model, 'model', 1e-20, 'norm_eps'
-  )  # less: its power of -3/2, in the gradient of a row of zeros, is infinite
-  _at_least(model, 'model', 0, 'yarn_mscale')
+  at_least(model, 'model', 1e-20, 'norm_eps')  # less: its power of -3/2, in the gradient of a row of zeros, is infinite
+  at_least(model, 'model', 0, 'yarn_mscale')
   _at_most(model, 'model', 100, 'init_std yarn_mscale')
   size = parameters(model)
   _require(
@@ -157,7 +155,7 @@ def _validate_balance(config: 'Config'):
   one_of('balance.bias_rule', balance.bias_rule, BIAS_RULES)
   one_of('balance.aux_loss', balance.aux_loss, AUX_LOSSES)
   one_of('balance.aux_scope', balance.aux_scope, ('microbatch', 'global_batch'))
-  _at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
+  at_least(balance, 'balance', 0, 'gamma aux_alpha z_loss smebu_kappa')
   _at_most(balance, 'balance', 1000, 'gamma')  # scores lie between 0 and 1
   _fraction(balance, 'balance', 'gamma_off_fraction gamma_decay_fraction gamma_final_fraction smebu_beta quantile_ema')
   _require(
@@ -191,7 +189,15 @@ def one_of(name: str, value: str, valid):
   _require(value in valid, f'config {name} = {value!r} must be one of {", ".join(valid)}')
 
 
-def _at_least(section, prefix: str, least: float, names: str):
+def at_least(section, prefix: str, least: float, names: str) -> None:
+  """Raises UserError unless all settings of these names are `least` or more.
+
+  Args:
+    section: of the config.
+    prefix: what the section is called, for the message.
+    least: the bound.
+    names: of its fields, separated by blanks.
+  """
   for name in names.split():
     value = getattr(section, name)
     _require(value >= least, f'config {prefix}.{name} = {value} must be at least {least}')

@@ -2,8 +2,8 @@
 
 A row is {"step": 12, "load_LE": "<base64 of zlib of little-endian int32, [L, E]>"}, which at DeepSeek-V3's size takes a
 third of the JSON numbers that older runs have in its place. A few rows also have the router bias after the step, as
-"bias_LE", float32 in the same manner. Rows are found without being parsed, and decoded one by
-one as they are looked at, since all of them may not fit in memory.
+"bias_LE", float32 in the same manner. Rows are found without being parsed, and decoded one by one as they are looked
+at, since all of them may not fit in memory.
 """
 
 import base64

@@ -26,7 +26,7 @@ from moe.ops.varying import align, vary
 from moe.ops.weights import Weight
 from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.resolved import Resolved
-from moe.parallel.sharding import LEGEND
+from moe.parallel.sharding import axes_over
 from moe.registry import ATTENTIONS, BIAS_RULES, CACHED_ATTENTIONS, DISPATCHERS
 
 FEW = 16  # rows per expert up to which kernels stream each matrix once rather than fill tensor cores
@@ -50,7 +50,7 @@ def cache_shapes(config: Config, slots: int, capacity: int, mtp: bool) -> tuple[
 def cache_specs(config: Config, mtp: bool) -> tuple[dict, ...]:
   """The PartitionSpec of each of `cache_shapes`."""
   model = config.model
-  spec = lambda name: P(BATCH_AXES, None, *(LEGEND.get(letter) for letter in name.rsplit('_', 1)[-1]))
+  spec = lambda name: P(BATCH_AXES, None, *axes_over(name))
   return ({name: spec(name) for name in ATTENTIONS[model.attention].cache(model)},) * (model.num_layers + mtp)
 
 

@@ -29,7 +29,7 @@ from moe.errors import UserError
 from moe.model.parameters import is_float32
 from moe.model.transformer import abstract_params
 from moe.ops import weights
-from moe.parallel.sharding import LEGEND, place
+from moe.parallel.sharding import LEGEND, axes_over, place
 from moe.registry import ATTENTIONS
 
 SCHEMES = ('none', 'fp8', 'mxfp4')
@@ -172,7 +172,7 @@ def _leaves(config, scheme, expert, tensor):
 def cache_bytes_per_token(config: Config, dtype='bfloat16', tensor: int = 1) -> int:
   """Bytes that a cached token takes in all layers, on one of so many shards of `tensor`, which divide heads."""
   arrays = ATTENTIONS[config.model.attention].cache(config.model)
-  widths = (math.prod(shape) // (tensor if 'H' in name.rsplit('_', 1)[-1] else 1) for name, shape in arrays.items())
+  widths = (math.prod(shape) // (tensor if 'tensor' in axes_over(name) else 1) for name, shape in arrays.items())
   return config.model.num_layers * sum(widths) * jnp.dtype(dtype).itemsize
 
 

@@ -168,10 +168,7 @@ def _moved(made: dict, schedule: Schedule) -> dict:
 
 def _rows(follow: Plan) -> dict:
   """The plan's arrays, ticks first, for the scan."""
-  named = {
-    'kind': follow.kind, 'microbatch': follow.microbatch, 'is_last': follow.is_last,
-    'weight_slot': follow.weight_slot, 'read': follow.read, 'write': follow.write,
-  }  # fmt: skip
+  named = {name: value for name, value in follow._asdict().items() if name not in ('kinds', 'rows')}
   return jax.tree.map(jnp.asarray, named)
 
 

@@ -55,6 +55,11 @@ def axes_of(name: str, ndim: int) -> str:
   raise ValueError(f'{name}: {ndim} axes do not fit the suffix {suffix!r}')
 
 
+def axes_over(name: str) -> tuple[str | None, ...]:
+  """The mesh axis of each letter of a name's suffix; None for those that are not divided, or not in the legend."""
+  return tuple(LEGEND.get(letter) for letter in name.rsplit('_', 1)[-1])
+
+
 def place(name: str, shape: tuple[int, ...], mesh_sizes: dict[str, int]) -> Placement:
   """Layout of the parameter `name` of global `shape` on a mesh with axis sizes `mesh_sizes`.
 

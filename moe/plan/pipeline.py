@@ -1,5 +1,6 @@
 """Pipeline schedules side by side: their bubbles, what ranks hold, and pictures of rank x time."""
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,8 +87,11 @@ def _draw(axes: Axes, schedule: Schedule, ran: Sequence[simulate.Ran], part: flo
   """Draws, and returns where the schedule ends. `part`: length of a unit of its time on the axis."""
   end = max(one.end for one in ran) * part
   corners, colors = [], []
+  together = collections.defaultdict(list)
   for one in ran:
-    beside = [other for other in ran if other.rank == one.rank and (other.begin, other.end) == (one.begin, one.end)]
+    together[one.rank, one.begin, one.end].append(one)
+  for one in ran:
+    beside = together[one.rank, one.begin, one.end]
     low = one.rank - 0.45 + 0.9 * beside.index(one) / len(beside)  # side by side: one above the other
     high = low + 0.9 / len(beside)
     left, right = one.begin * part, one.end * part

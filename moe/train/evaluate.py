@@ -38,9 +38,8 @@ def evaluate(
 
   Returns:
     val_loss (nats per token), val_perplexity, val_bits_per_byte, val_mtp_loss if there are MTP modules, val_tokens,
-    val_bytes (of the text that these tokens stand for), NAME_global for each of
-    `metrics.METRICS` (mean over routers) and load_LE; and what
-    `Watch.row` says.
+    val_bytes (of the text that these tokens stand for), NAME_global for each of `metrics.METRICS` (mean over routers)
+    and load_LE; and what `Watch.row` says.
   """
   chosen = rows.spread(sequences)
   size = config.train.batch_size // config.train.microbatches

@@ -21,9 +21,7 @@ from moe.data.text import pieces
 from moe.data.tokenizer import Tokenizer
 from moe.files import write_json
 
-MOST_KINDS = (
-  512  # token ids that are told apart: the commonest of the text, or counts would not fit where V and E are large
-)
+MOST_KINDS = 512  # token ids that are told apart, the commonest: counts of all would not fit where V and E are large
 MOST_SHOWN = 256  # tokens of the text whose routing is kept
 
 
@@ -106,13 +104,18 @@ class Watch:
       'weight': flat(np.rint(weight_LBSK * WEIGHT_STEPS)),
     }
 
+  @functools.cached_property
+  def _bits(self) -> tuple[np.ndarray, np.ndarray]:
+    """[L] each: mutual information of token and expert, and its bias; to be asked when all batches are added."""
+    return information.mutual_information(self._joint_LVE), information.bias(self._joint_LVE)
+
   def row(self) -> dict[str, Any]:
     """For evals.jsonl: 'specialisation_bits' [L], and 'source_loss' and 'source_tokens' by source."""
-    bits_L = information.mutual_information(self._joint_LVE) - information.bias(self._joint_LVE)
+    bits_L, bias_L = self._bits
     some = [i for i, targets in enumerate(self._targets_S) if targets]
     names = self._text.sources.names
     return {
-      'specialisation_bits': bits_L.tolist(),
+      'specialisation_bits': (bits_L - bias_L).tolist(),
       'source_loss': {names[i]: float(self._nats_S[i] / self._targets_S[i]) for i in some},
       'source_tokens': {names[i]: int(self._targets_S[i]) for i in some},
     }
@@ -123,7 +126,7 @@ class Watch:
     Args:
       of: 'full' or 'sample', the text that was evaluated.
     """
-    joint_LVE, where = self._joint_LVE, self._text.sources
+    joint_LVE, where, (bits_L, bias_L) = self._joint_LVE, self._text.sources, self._bits
     found = {
       'step': step,
       'set': of,
@@ -132,8 +135,8 @@ class Watch:
       'load_SLE': encode(self._load_SLE.reshape(-1, self._load_SLE.shape[-1])),
       'token_kinds': self._text.num_kinds,
       'routed_of_kinds': float(joint_LVE.sum() / max(1, int(self._load_SLE.sum()))),
-      'information_bits': information.mutual_information(joint_LVE).tolist(),
-      'information_bias_bits': information.bias(joint_LVE).tolist(),
+      'information_bits': bits_L.tolist(),
+      'information_bias_bits': bias_L.tolist(),
       'expert_bits': information.entropy(joint_LVE.sum(1)).tolist(),
       'text': self._shown,
     }

@@ -34,7 +34,7 @@ from moe.train.checkpoint import Checkpoints, abstract_like, start_from
 from moe.train.logbook import Logbook
 from moe.validation import profile_range
 
-NOT_OF_A_SAMPLE = ('load_LE', 'specialisation_bits', 'source_tokens', 'watch')  # beside the result on all rows
+NOT_OF_A_SAMPLE = ('load_LE', 'specialisation_bits', 'source_tokens')  # beside the result on all rows
 MOST_BIASES = 200  # rows of load_history.jsonl that also hold the router bias
 
 
@@ -218,8 +218,9 @@ class Run:
 
   def _evaluate(self) -> bool:
     """Logs a point of the curve of validation losses: on the same rows at every step. False if a signal came."""
-    start, found = time.perf_counter(), self._measured(self.config.train.eval_sequences)
-    logged = bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found})
+    start = time.perf_counter()
+    found, watch = self._measured(self.config.train.eval_sequences)
+    logged = bool(found) and self._log_evaluation({'set': 'sample' if self._is_sample() else 'full', **found}, watch)
     self._row_time += time.perf_counter() - start  # evaluation is no step's time
     return logged
 
@@ -228,19 +229,24 @@ class Run:
 
     False, and nothing in the log, if a signal came.
     """
-    found, sample = self._measured(0), {}
+    found, watch = self._measured(0)
     if found and self._is_sample() and self.config.train.eval_every:
-      sample = self._measured(self.config.train.eval_sequences)
+      sample, _ = self._measured(self.config.train.eval_sequences)
       found = sample and {**found, 'sample': {key: one for key, one in sample.items() if key not in NOT_OF_A_SAMPLE}}
-    return bool(found) and self._log_evaluation({'set': 'full', **found})
+    return bool(found) and self._log_evaluation({'set': 'full', **found}, watch)
 
   def _is_sample(self):
     return len(self.rows['val'].spread(self.config.train.eval_sequences)) < len(self.rows['val'])
 
-  def _measured(self, sequences) -> dict:
-    """What `evaluate` finds, or {} if a signal came. Raises UserError if the model has come to infinities."""
+  def _measured(self, sequences) -> tuple[dict, experts.Watch]:
+    """What `evaluate` finds, or {} if a signal came, and what became of single tokens.
+
+    Raises UserError if the model has come to infinities.
+    """
+    rows = self.rows['val']
+    watch = experts.Watch(rows, self.config.model, self.tokenizer)
     batch_size = self.config.train.batch_size // self.config.train.microbatches
-    count = len(self.rows['val'].spread(sequences))
+    count = len(rows.spread(sequences))
     with progress(0, -(-count // batch_size), 'batch', 'evaluation', leave=False) as bar:
 
       def eval_step(*batch):
@@ -250,23 +256,19 @@ class Run:
         return self.eval_step(*batch)
 
       try:
-        watch = experts.Watch(self.rows['val'], self.config.model, self.tokenizer)
-        rows = self.rows['val']
         found = evaluate.evaluate(eval_step, self.state, rows, self.config, self.mesh, sequences, watch)
       except _Stopped:
-        return {}
+        return {}, watch
     for key, value in found.items():
       if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f'step {self.done}: {key} = {value} in the evaluation: the weights of this step are no good')
-    return found | {'watch': watch}
+    return found, watch
 
-  def _log_evaluation(self, found) -> bool:
-    watch = found.pop('watch', None)
+  def _log_evaluation(self, found: dict, watch: experts.Watch) -> bool:
     row = {'step': self.done, **found}
     if self.logbook:
       self.logbook.write('evals', row)
-      if watch:
-        watch.write(self.path, self.done, found['set'])
+      watch.write(self.path, self.done, found['set'])
     for callback in self.callbacks:
       callback.evaluated(self, row)
     bits, vio = found['val_bits_per_byte'], found['max_vio_global']

@@ -12,7 +12,6 @@ import pytest
 from gpus import lower_for_gpu
 from jax._src.pallas.mosaic_gpu.interpret import params as interpret
 from jax.sharding import PartitionSpec as P
-from jaxprs import equations
 
 from moe.ops import fp8
 from moe.ops.grouped_matmul import _mosaic_gpu_fp8 as mosaic_gpu_fp8
@@ -20,6 +19,7 @@ from moe.ops.grouped_matmul import _persistent as persistent
 from moe.ops.grouped_matmul import grouped_matmul
 from moe.ops.grouped_matmul._persistent import ROW_MULTIPLE, TILE_M, tile_table
 from moe.ops.quantize_gpu import blocks_of
+from moe.parallel.cut import equations
 from moe.parallel.mesh import abstract_mesh
 
 SIZES = (

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import suffixes
 from jax.sharding import PartitionSpec as P
-from jaxprs import equations
 from test_step_mesh import CONFIG, MODEL, SMALL, change
 
 from moe.balance import rules
@@ -21,6 +20,7 @@ from moe.inference import forward, generate, weights
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings, Slots
 from moe.model import transformer
+from moe.parallel.cut import equations
 from moe.parallel.mesh import abstract_mesh
 from moe.train import state, step
 

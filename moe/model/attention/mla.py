@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe.config import Config, ModelConfig
-from moe.errors import UserError
 from moe.model.attention import Attention, project
 from moe.model.parameters import Init
 from moe.model.rope import rotate, softmax_scale
 from moe.ops.attention import attend
 from moe.ops.norm import LATENT_EPS, rms_norm
+from moe.validation import at_least
 
 
 class LatentAttention(nnx.Module):
@@ -64,9 +64,7 @@ class Latent(Attention):
   not_quantized = 'w_key_CHN', 'w_value_CHU'  # multiplied head by head, which no kernel does in FP8
 
   def check(self, model):
-    for name in ('kv_lora_rank', 'qk_nope_dim'):
-      if getattr(model, name) < 1:
-        raise UserError(f'config model.{name} = {getattr(model, name)} must be at least 1')
+    at_least(model, 'model', 1, 'kv_lora_rank qk_nope_dim')
 
   def parameters(self, model):
     D, H, C, A = model.d_model, model.num_heads, model.kv_lora_rank, model.q_lora_rank
