@@ -25,7 +25,7 @@ INTERRUPTED, UNREAD = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 flags.disclaim_key_flags()  # flags are the scripts'
 PLUGINS = flags.DEFINE_multi_string(
-  'plugins', [], 'A Python file that adds metrics, bias rules or dispatchers (docs/howto/plugins.md); repeatable.'
+  'plugins', [], 'A Python file that adds metrics, bias rules, dispatchers, ... (docs/howto/plugins.md); repeatable.'
 )
 
 

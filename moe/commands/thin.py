@@ -4,8 +4,9 @@ moe thin runs/balance experiments/results/balance
 
 Takes what the report needs of every finished run into one file, OUT/sweep.npz: config.json, data.json, evals.jsonl, and
 of metrics.jsonl and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What
-reports average over the last rows then differs slightly. moe report OUT reports it as it does the sweep; python has it
-by np.load (moe/report/packed.py says what is in it). moe ablate does not go on with it.
+reports average over rows, speeds and the last rows' means, is then of the rows that are kept; the rest of the report is
+that of the sweep. moe report OUT makes it; python has it by np.load (moe/report/packed.py says what is in it). moe
+ablate does not go on with it.
 """
 
 import dataclasses
