@@ -110,7 +110,8 @@ def read_config(name: str, *arg: str):
 
 def _with_plugins(main, argv):
   plugins.load(PLUGINS.value)
-  return main(argv)
+  with plugins.blamed():
+    return main(argv)
 
 
 def _nobody_reads() -> bool:

@@ -1,11 +1,11 @@
 """What a config chooses by name: a file of a package is an entry, and the file's name is the entry's. No list has it.
 
-    package                 what a file defines      chosen by
-    moe.balance.rules       RULE                     balance.bias_rule
-    moe.model.dispatch      apply                    dispatch
-    moe.ops.grouped_matmul  BACKEND                  grouped_matmul
-    moe.model.attention     ATTENTION                model.attention, for training
-    moe.inference.attention ATTENTION                model.attention, for generation
+    package                 what a file defines            chosen by
+    moe.balance.rules       RULE, a Rule                   balance.bias_rule
+    moe.model.dispatch      apply, a function              dispatch
+    moe.ops.grouped_matmul  BACKEND, a Backend             grouped_matmul
+    moe.model.attention     ATTENTION, an Attention        model.attention, for training
+    moe.inference.attention ATTENTION, a CachedAttention   model.attention, for generation
 
 A file whose name begins with an underscore serves the others. Names are known without importing anything.
 """
@@ -51,8 +51,13 @@ class Folder(Mapping[str, Any]):
     return getattr(importlib.import_module(f'{self.package}.{name}'), self.attribute)
 
 
-BIAS_RULES = Registry('bias rule', Folder('moe.balance.rules', 'RULE'))
-DISPATCHERS = Registry('dispatcher', Folder('moe.model.dispatch', 'apply'))
-GROUPED_MATMULS = Registry('grouped matmul', Folder('moe.ops.grouped_matmul', 'BACKEND'))
-ATTENTIONS = Registry('attention', Folder('moe.model.attention', 'ATTENTION'))
-CACHED_ATTENTIONS = Registry('attention in generation', Folder('moe.inference.attention', 'ATTENTION'))
+AUTO = ('auto',)  # what a config says for whichever is fastest
+BIAS_RULES = Registry('bias rule', 'moe.balance.rules.Rule', Folder('moe.balance.rules', 'RULE'))
+DISPATCHERS = Registry('dispatcher', 'collections.abc.Callable', Folder('moe.model.dispatch', 'apply'), AUTO)
+GROUPED_MATMULS = Registry(
+  'grouped matmul', 'moe.ops.grouped_matmul.Backend', Folder('moe.ops.grouped_matmul', 'BACKEND'), AUTO
+)
+ATTENTIONS = Registry('attention', 'moe.model.attention.Attention', Folder('moe.model.attention', 'ATTENTION'))
+CACHED_ATTENTIONS = Registry(
+  'attention in generation', 'moe.inference.attention.CachedAttention', Folder('moe.inference.attention', 'ATTENTION')
+)

@@ -7,16 +7,13 @@ A function under `@metric(...)` is in the logs, the console and the report of ev
 NAME_batch in metrics.jsonl and NAME_global in evals.jsonl. Nothing else need be changed (docs/howto/metric.md).
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from moe.errors import UserError
-from moe.files.paths import users_code
-from moe.plugins import FLAG, Registry
+from moe.errors import UserError, short
+from moe.plugins import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +25,24 @@ class Metric:
   shown: bool  # also on the line that the console has of each evaluation
 
 
-METRICS: Registry = Registry('metric')
+# What else rows of metrics.jsonl and of evals.jsonl have: a metric of such a name would be taken for it.
+LOGGED = (
+  *('step', 'loss', 'total_loss', 'mtp_loss', 'aux_loss', 'z_loss', 'drop_rate', 'gate_entropy', 'bias_min'),
+  *('bias_max', 'grad_norm', 'learning_rate', 'gamma', 'tokens', 'tokens_per_s', 'step_s', 'model_tflop_per_s', 'mfu'),
+  *('set', 'sample', 'val_loss', 'val_perplexity', 'val_bits_per_byte', 'val_mtp_loss', 'val_tokens', 'val_bytes'),
+  *('specialisation_bits', 'source_loss', 'source_tokens'),
+)
+METRICS = Registry('metric', 'moe.balance.metrics.Metric', taken=LOGGED)
 
 
 def metric(title: str, name: str = '', shown: bool = True) -> Callable:
-  """Registers a function of load_LE, which stays as it is, as the metric `name`, or by the function's own name."""
+  """Registers a function of load_LE, which stays as it is, as the metric `name`, or by the function's own name.
+
+  Raises:
+    ValueError: it stands without brackets, so that the function came for the title.
+  """
+  if not isinstance(title, str):
+    raise ValueError(f"@metric needs a title in brackets, such as @metric('load CV'), not {short(title)}")
 
   def register(function):
     METRICS.add(name or function.__name__, Metric(function, title, shown))
@@ -49,7 +59,7 @@ def measured(load_LE, of: str) -> dict[str, float]:
     of: 'batch' or 'global'.
 
   Raises:
-    UserError: a plugin's metric raises, or does not give a finite number per layer.
+    UserError: a metric does not give a finite number per layer.
   """
   return {f'{name}_{of}': float(per_layer(name, load_LE).mean()) for name in METRICS}
 
@@ -57,11 +67,15 @@ def measured(load_LE, of: str) -> dict[str, float]:
 def per_layer(name: str, load_LE) -> np.ndarray:
   """Metric `name` of each layer, float64 [L]. Raises UserError as `measured`."""
   load_LE = np.asarray(load_LE)
-  file = METRICS.added.get(name)
-  with users_code(Path(file), FLAG) if file else contextlib.nullcontext():
-    value_L = np.asarray(METRICS[name].of(load_LE), np.float64)
+  found = METRICS[name].of(load_LE)
+  try:
+    value_L = np.asarray(found, np.float64)
+  except (TypeError, ValueError):
+    value_L = np.array(np.nan)
   if value_L.shape != load_LE.shape[:1] or not np.isfinite(value_L).all():
-    raise UserError(f'metric {name!r} must give a finite number for each of {len(load_LE)} layers, not {value_L}')
+    raise UserError(
+      f'{METRICS.title(name)} must give a finite number for each of {len(load_LE)} layers, not {short(found)}'
+    )
   return value_L
 
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe.balance import rules
 from moe.balance.routing import Routing, count
 from moe.config import Config
-from moe.registry import BIAS_RULES
 
 
 class Chosen(NamedTuple):
@@ -67,7 +67,7 @@ def router_stats(routing: Routing, bias_E: jax.Array, mask_BS: jax.Array, config
     sequence_sum=_sequence_sum(routing, probs_TE, mask_BS, config) if balance.aux_loss == 'sequence' else zero,
     z_sum=jnp.where(mask_T, z_T * z_T, 0).sum() if balance.z_loss else zero,
     entropy_sum=entropy,
-    statistic=BIAS_RULES[balance.bias_rule].statistic(routing, bias_E, mask_T, model),
+    statistic=rules.statistic(routing, bias_E, mask_T, model, balance),
   )
 
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from moe.errors import UserError
 from moe.files import read_bytes
@@ -81,6 +81,23 @@ def users_code(path: Path, name: str) -> Iterator[None]:
   except (UserError, KeyboardInterrupt):
     raise
   except BaseException as error:  # SystemExit, CancelledError, one of its own
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    where = f', line {lines[-1]}' if lines else ''
-    raise UserError(f'{name} = {str(path)!r}{where}: {type(error).__name__}: {error}') from error
+    raise mistake(path, name, error) from error
+
+
+def mistake(path: Path, name: str, error: BaseException) -> UserError:
+  """What a user is told of an error that running a Python file, given as `name`, has brought."""
+  line, says = line_of(path, error), error.msg if _is_in(error, path) else error
+  where = f', line {line}' if line else ''
+  return UserError(f'{name} = {str(path)!r}{where}: {type(error).__name__}: {says}')
+
+
+def line_of(path: Path, error: BaseException) -> int | None:
+  """The last line of a Python file that was run when an error came, or the line that is no Python; None without one."""
+  if _is_in(error, path):
+    return error.lineno
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+  return lines[-1] if lines else None
+
+
+def _is_in(error: BaseException, path: Path) -> TypeGuard[SyntaxError]:
+  return isinstance(error, SyntaxError) and error.filename == str(path)

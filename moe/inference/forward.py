@@ -12,9 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe.config import Config, ModelConfig
+from moe.errors import UserError, short
 from moe.inference.attention import Chunk
 from moe.inference.products import feed_forward
 from moe.model import transformer
+from moe.model.dispatch import dispatch
 from moe.model.rope import angles
 from moe.model.router import choose, route_logits
 from moe.ops import grouped_matmul, weights
@@ -27,7 +29,7 @@ from moe.ops.weights import Weight
 from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.resolved import Resolved
 from moe.parallel.sharding import axes_over
-from moe.registry import ATTENTIONS, BIAS_RULES, CACHED_ATTENTIONS, DISPATCHERS
+from moe.registry import ATTENTIONS, BIAS_RULES, CACHED_ATTENTIONS
 
 FEW = 16  # rows per expert up to which kernels stream each matrix once rather than fill tensor cores
 
@@ -129,9 +131,14 @@ def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Resolved) -> tup
     chunk, config: as of `run`.
   """
   eps = config.model.norm_eps
-  attention = CACHED_ATTENTIONS[config.model.attention]
+  kind = config.model.attention
   x_TD, normed_TD = add_norm(stream, w['scale_attention_D'], eps)
-  parts_PTD, cache = attention.attend(w['attention'], cache, normed_TD, chunk, config.model)
+  given = CACHED_ATTENTIONS[kind].attend(w['attention'], cache, normed_TD, chunk, config.model)
+  if not (isinstance(given, tuple) and len(given) == 2):
+    raise UserError(f'{CACHED_ATTENTIONS.title(kind)} must give attend() as parts and a cache, not {short(given)}')
+  parts_PTD, new_cache = given
+  CACHED_ATTENTIONS.expect(kind, 'attend()[0]', parts_PTD, ('P', *x_TD.shape))
+  CACHED_ATTENTIONS.expect_all(kind, 'attend()[1]', new_cache, cache)
   x_TD, h_TD = add_norm(Stream(x_TD, (over_shards(Sum(parts_PTD), x_TD.dtype),)), w['scale_ffn_D'], eps)
   if 'experts' in w:
     sums = routed(w, h_TD, chunk.valid_BS.reshape(-1), config)
@@ -139,7 +146,7 @@ def layer(w: dict, cache, stream: Stream, chunk: Chunk, config: Resolved) -> tup
       sums += (Sum(feed_forward(*feed_forward_weights(w['shared']), h_TD)),)
   else:
     sums = (Sum(feed_forward(*feed_forward_weights(w['ffn']), h_TD)),)
-  return Stream(x_TD, tuple(over_shards(one, x_TD.dtype) for one in sums)), cache
+  return Stream(x_TD, tuple(over_shards(one, x_TD.dtype) for one in sums)), new_cache
 
 
 def over_shards(part: Sum, dtype) -> Sum:
@@ -188,5 +195,5 @@ def routed(w: dict, h_TD, valid_T, config: Resolved) -> tuple[Sum, ...]:
 
   precision = dataclasses.replace(config.precision, fp8='')  # rows travel as they are computed with
   settings = dataclasses.replace(config, row_multiple=multiple, dropless=True, precision=precision)
-  routed_sum = Sum(DISPATCHERS[config.dispatch](vary(h_TD, ('tensor',)), routing, through_experts, settings)[None])
+  routed_sum = Sum(dispatch(vary(h_TD, ('tensor',)), routing, through_experts, settings)[None])
   return (routed_sum, Sum(feed_forward(gate, up, down, h_TD, held - 1))) if joined else (routed_sum,)

@@ -7,13 +7,14 @@ from jax import lax
 
 from moe.balance.stats import RouterStats, chosen, router_stats
 from moe.config import Config, ModelConfig
+from moe.model.dispatch import dispatch
 from moe.model.ffn import Experts, FeedForward
 from moe.model.parameters import Init
 from moe.model.router import route
 from moe.ops.norm import rms_norm
 from moe.ops.varying import vary
 from moe.parallel.resolved import Resolved
-from moe.registry import ATTENTIONS, BIAS_RULES, DISPATCHERS
+from moe.registry import ATTENTIONS, BIAS_RULES
 
 
 class DenseLayer(nnx.Module):
@@ -56,7 +57,7 @@ class MoE(nnx.Module):
     # Cast here, T x D values, so that their gradient is summed over `tensor` before it is spread over M rows.
     x_TD = vary(h_TD, (tensor,) if tensor else ())
     experts = lambda x_MD, size_e: self.experts(x_MD, size_e, config)
-    y_TD = DISPATCHERS[config.dispatch](x_TD, routing, experts, config)
+    y_TD = dispatch(x_TD, routing, experts, config)
     if config.model.num_shared_experts:
       y_TD = y_TD + self.shared(h_TD, config)
     stats = router_stats(routing, bias_E, mask_BS, config)
@@ -95,7 +96,9 @@ def attention_block(layer, x_BSD, segment_BS, config: Config):
     config: precision, and the model's rope and attention.
   """
   normed_BSD = rms_norm(x_BSD, layer.scale_attention_D[...], layer.eps)
-  return x_BSD + lax.psum(layer.attention(normed_BSD, segment_BS, config), 'tensor')
+  y_BSD = layer.attention(normed_BSD, segment_BS, config)
+  ATTENTIONS.expect(config.model.attention, 'y_BSD', y_BSD, x_BSD.shape, x_BSD.dtype)
+  return x_BSD + lax.psum(y_BSD, 'tensor')
 
 
 def stack_stats(stats: list[RouterStats]) -> RouterStats:

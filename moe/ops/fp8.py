@@ -39,7 +39,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from moe.ops import quantize_gpu
-from moe.ops.grouped_matmul import SAVED
+from moe.ops.grouped_matmul import SAVED, multiply
 from moe.ops.grouped_matmul import _mosaic_gpu_fp8 as mosaic_gpu_fp8
 from moe.ops.grouped_matmul._persistent import pad_to_multiples
 from moe.ops.quantize_gpu import BLOCK, Blocks, blocks_of
@@ -169,7 +169,7 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 def _weight_gradient(x_MD, dy_MF, size_e, backend, dtype):
   """dw of a backend of `grouped_matmul`, of whose vjp only the weights' product is run."""
   w_eDF = vary(jnp.zeros((len(size_e), x_MD.shape[1], dy_MF.shape[1]), dtype), varying_axes(x_MD))
-  return jax.vjp(lambda w_eDF: GROUPED_MATMULS[backend].matmul(x_MD, w_eDF, size_e), w_eDF)[1](dy_MF)[0]
+  return jax.vjp(lambda w_eDF: multiply(x_MD, w_eDF, size_e, backend), w_eDF)[1](dy_MF)[0]
 
 
 def quantize_rows(x_MK: jax.Array, backend: str, power_of_two: bool = False) -> Quantized:
@@ -240,4 +240,4 @@ def product(x: Quantized, w: Quantized, size_e: jax.Array, backend: str, dtype) 
   if backend == 'mosaic_gpu':
     return mosaic_gpu_fp8.rows_by_matrix(x.value, x.scale, w.value, w.scale, size_e, dtype)
   w_eKN = dequantize(w, BLOCKS).swapaxes(1, 2)
-  return GROUPED_MATMULS[backend].matmul(dequantize(x, ROWS), w_eKN, size_e).astype(dtype)
+  return multiply(dequantize(x, ROWS), w_eKN, size_e, backend).astype(dtype)

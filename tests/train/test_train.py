@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from golden import rows
 from processes import environment
 from small_runs import ROOT, SAMPLED, command, config, flags, loads, run, write_corpus
 
+from moe.balance.metrics import LOGGED, METRICS
 from moe.commands import run as whole
 from moe.config import from_config_dict
 from moe.errors import UserError
@@ -75,6 +77,13 @@ def test_rows_count_the_models_flops(finished, corpus):
     row = json.loads(line)
     assert row['model_tflop_per_s'] == pytest.approx(row['tokens_per_s'] * per_token / 1e12)
     assert 'mfu' not in row, 'the peak of a CPU is not known'
+
+
+def test_metrics_of_users_cannot_have_the_names_of_what_rows_hold(finished):
+  found = {key for row in (*rows(finished), *rows(finished, 'evals')) for key in row}
+  measured = {f'{name}_{of}' for name in METRICS for of in ('batch', 'global')}
+  could_be_metrics = {key for key in found - measured if re.fullmatch('[a-z0-9_]+', key)}
+  assert could_be_metrics <= set(LOGGED)
 
 
 def test_settings_in_the_run_directory_rebuild_the_config(finished, corpus):

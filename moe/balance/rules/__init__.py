@@ -19,21 +19,23 @@ or with gamma 0, `update` gives a state of `start` back as it is: a rule whose b
 must derive that from the bias there.
 """
 
+import abc
+
 import jax
 import jax.numpy as jnp
 
 from moe.balance.routing import Routing
 from moe.config import BalanceConfig, Config, ModelConfig
-from moe.errors import UserError
+from moe.errors import UserError, short
 from moe.registry import BIAS_RULES
 
 
-class Rule:
+class Rule(abc.ABC):
   """What a rule is asked. A file of this folder makes one of a subclass, as `RULE`."""
 
   factor = False  # whether the bias multiplies the scores, and starts at 1, or is added and starts at 0
 
-  def check(self, config: Config) -> None:
+  def check(self, config: Config) -> None:  # noqa: B027  # most have nothing to say
     """Raises UserError for a config that the rule cannot have. Called before anything is traced."""
 
   def start(self, bias_LE: jax.Array) -> dict[str, jax.Array]:
@@ -54,6 +56,7 @@ class Rule:
     del routing, bias_E, mask_T
     return jnp.zeros((model.num_experts, 0), jnp.int32)
 
+  @abc.abstractmethod
   def update(
     self, state: dict, load_LE: jax.Array, statistic: jax.Array, gamma: jax.Array, balance: BalanceConfig
   ) -> dict[str, jax.Array]:
@@ -62,18 +65,19 @@ class Rule:
     Args:
       state, load_LE, statistic, gamma, balance: as of `update` of this folder.
     """
-    raise NotImplementedError
 
 
 class Direction(Rule):
   """A rule that remembers and counts nothing more: bias + gamma * direction of the loads."""
 
+  @abc.abstractmethod
   def direction(self, load_LE: jax.Array) -> jax.Array:
     """float32 [L, E]."""
-    raise NotImplementedError
 
   def update(self, state, load_LE, statistic, gamma, balance):
-    return {'bias_LE': state['bias_LE'] + gamma * self.direction(load_LE)}
+    direction_LE = self.direction(load_LE)
+    BIAS_RULES.expect(balance.bias_rule, 'direction()', direction_LE, load_LE.shape)
+    return {'bias_LE': state['bias_LE'] + gamma * direction_LE}
 
 
 def mean(load_LE: jax.Array) -> jax.Array:
@@ -100,8 +104,36 @@ def init(balance: BalanceConfig, num_routers: int, num_experts: int) -> dict[str
 
 
 def start(balance: BalanceConfig, bias_LE: jax.Array) -> dict[str, jax.Array]:
-  """State of the configured rule that goes on from `bias_LE`, float32, which may be another rule's."""
-  return BIAS_RULES[balance.bias_rule].start(bias_LE)
+  """State of the configured rule that goes on from `bias_LE`, float32, which may be another rule's.
+
+  Raises:
+    UserError: the rule makes something else of it.
+  """
+  rule, shape = balance.bias_rule, bias_LE.shape
+  state = BIAS_RULES[rule].start(bias_LE)
+  if not isinstance(state, dict) or 'bias_LE' not in state:
+    raise UserError(f"{BIAS_RULES.title(rule)} must give start() as a dict with 'bias_LE', not {short(state)}")
+  for key, found in state.items():
+    BIAS_RULES.expect(rule, f'start()[{key!r}]', found, (*shape, '...'))
+  BIAS_RULES.expect(rule, "start()['bias_LE']", state['bias_LE'], shape, 'float32')
+  return state
+
+
+def statistic(
+  routing: Routing, bias_E: jax.Array, mask_T: jax.Array, model: ModelConfig, balance: BalanceConfig
+) -> jax.Array:
+  """What the configured rule counts of a shard's tokens besides loads, int32 [E, ...].
+
+  Args:
+    routing, bias_E, mask_T, model: as of `Rule.statistic`.
+    balance: bias_rule.
+
+  Raises:
+    UserError: the rule gives something else.
+  """
+  found = BIAS_RULES[balance.bias_rule].statistic(routing, bias_E, mask_T, model)
+  BIAS_RULES.expect(balance.bias_rule, 'statistic()', found, (model.num_experts, '...'), 'int32')
+  return found
 
 
 def check_start(rule: str, theirs: str) -> None:
@@ -125,5 +157,10 @@ def update(
     statistic: the rule's own, summed over the batch: [L, E, ...].
     gamma: float32 speed of this step, at most balance.gamma; 0 leaves the bias as it is under every rule.
     balance: bias_rule and its constants.
+
+  Raises:
+    UserError: the rule gives other arrays than the state has, or of other shapes.
   """
-  return BIAS_RULES[balance.bias_rule].update(state, load_LE, statistic, gamma, balance)
+  new = BIAS_RULES[balance.bias_rule].update(state, load_LE, statistic, gamma, balance)
+  BIAS_RULES.expect_all(balance.bias_rule, 'update()', new, state)
+  return new

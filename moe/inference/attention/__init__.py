@@ -3,6 +3,7 @@
 A layer's cache is a dict of arrays [B, capacity, ...], named as the kind of `moe.model.attention` says.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,13 +28,14 @@ class Chunk(NamedTuple):
     return jnp.where(self.valid_BS, self.position_BS, capacity)
 
 
-class CachedAttention:
+class CachedAttention(abc.ABC):
   """What generation asks of a kind of attention. A file of this folder makes one of a subclass, as `ATTENTION`."""
 
+  @abc.abstractmethod
   def weights(self, w: dict) -> dict:
     """The weights as generation multiplies with them, from one layer's of training; see `in_one`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def attend(self, w: dict, cache: dict, x_TD: jax.Array, chunk: Chunk, model: ModelConfig) -> tuple[jax.Array, dict]:
     """One layer's attention inside `shard_map`.
 
@@ -48,7 +50,6 @@ class CachedAttention:
       This tensor shard's part of the output, as parts [P, T, D] that add up to it, and the cache with the chunk's valid
       tokens in it.
     """
-    raise NotImplementedError
 
 
 def in_one(w: dict, groups: Sequence[Sequence[str]]) -> dict:

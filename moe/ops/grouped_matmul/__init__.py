@@ -36,6 +36,10 @@ class Backend:
   row_multiple: int = 1
   only_on: tuple[str, str] | None = None
 
+  def __post_init__(self):
+    if not callable(self.matmul) or type(self.row_multiple) is not int or self.row_multiple < 1:
+      raise ValueError(f'a Backend has a function and a row_multiple of 1 or more, not {self}')
+
 
 def grouped_matmul(
   x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend: str, row_multiple: int = 1
@@ -57,8 +61,23 @@ def grouped_matmul(
   x_MD, w_eDF, size_e = align(x_MD, w_eDF, size_e)
   chosen = GROUPED_MATMULS[backend]
   if row_multiple % chosen.row_multiple == 0:
-    return checkpoint_name(chosen.matmul(x_MD, w_eDF, size_e), SAVED)
+    return checkpoint_name(multiply(x_MD, w_eDF, size_e, backend), SAVED)
   expert_M1 = key_of(jnp.arange(len(x_MD)), jnp.cumsum(size_e))[:, None]  # len(size_e) past the sum
   layout = lay_out(expert_M1[:, 0], len(size_e), len(x_MD), chosen.row_multiple)
   out, back = layout.permutations(expert_M1 < len(size_e))
-  return checkpoint_name(permute(chosen.matmul(permute(x_MD, out), w_eDF, layout.size), back), SAVED)
+  return checkpoint_name(permute(multiply(permute(x_MD, out), w_eDF, layout.size, backend), back), SAVED)
+
+
+def multiply(x_MD: jax.Array, w_eDF: jax.Array, size_e: jax.Array, backend: str) -> jax.Array:
+  """y_MF as the backend gives it, of operands as it wants them.
+
+  Args:
+    x_MD, w_eDF, size_e: of `Backend.matmul`.
+    backend: a file of this folder.
+
+  Raises:
+    UserError: the backend gives an array of another shape.
+  """
+  y_MF = GROUPED_MATMULS[backend].matmul(x_MD, w_eDF, size_e)
+  GROUPED_MATMULS.expect(backend, 'y_MF', y_MF, (x_MD.shape[0], w_eDF.shape[2]), x_MD.dtype)
+  return y_MF
