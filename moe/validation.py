@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from moe.errors import UserError
+from moe.errors import UserError, short
 from moe.files.paths import refuse_address
 from moe.registry import ATTENTIONS, BIAS_RULES, DISPATCHERS, GROUPED_MATMULS
 
@@ -32,6 +32,7 @@ def validate(config: 'Config') -> None:
     f'config train.batch_size = {train.batch_size} must be divisible by train.microbatches = {train.microbatches}',
   )
   profile_range(train.profile_steps)
+  utf8('config train.sample_prompt =', train.sample_prompt)
   _at_most(train, 'train', 100_000, 'sample_tokens')
   assignments = train.batch_size * data.seq_len * config.model.top_k
   _require(
@@ -178,6 +179,14 @@ def profile_range(text: str) -> range:
   if not (re.fullmatch(r'\d{1,18}:\d{1,18}', text, re.ASCII) and int(first) <= int(last)):
     raise UserError(f"config train.profile_steps = {text!r} must look like '10:12' (first:last step) or be ''")
   return range(int(first), int(last) + 1)
+
+
+def utf8(name: str, text: str) -> bytes:
+  """The text, as tokenizers read it. Raises UserError if it has half a character: terminals and JSON may bring one."""
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{name} {short(text)} is not UTF-8: {error}') from error
 
 
 def _require(ok: bool, message: str):

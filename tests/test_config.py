@@ -324,6 +324,7 @@ def test_paths_are_of_this_machine():
       ({'train.profile_steps': text}, f'train.profile_steps = {text!r} must look like')
       for text in ('\u00b2:\u00b3', '1:' + '9' * 5000, '5', '5:', ':5', '7:5', 'a:b', '-1:5', '1.0:2')
     ),
+    ({'train.sample_prompt': 'a\udcff'}, "train.sample_prompt = 'a\\udcff' is not UTF-8"),
   ],
 )
 def test_combinations_that_cannot_run(overrides, fragment):

@@ -22,6 +22,7 @@ from moe.inference import flags as model_flags
 from moe.inference.sampling import Sampling
 from moe.inference.steps import Settings
 from moe.parallel.mesh import platform_of
+from moe.validation import utf8
 
 flags.adopt_module_key_flags(model_flags)
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'Text to continue; give it again for more prompts.')
@@ -69,12 +70,10 @@ def main(argv):
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
   """The tokens of a document that begins with `text`, or of a conversation that does."""
-  try:
-    if CHAT.value:
-      return chat.encode([{'role': 'user', 'content': text}], tokenizer)
-    return [*tokenizer.begin_ids, *map(int, tokenizer.encode(text.encode()))]
-  except UnicodeEncodeError as error:
-    raise UserError(f'the prompt {text!r} is not UTF-8: {error}') from error
+  encoded = utf8('the prompt', text)
+  if CHAT.value:
+    return chat.encode([{'role': 'user', 'content': text}], tokenizer)
+  return [*tokenizer.begin_ids, *map(int, tokenizer.encode(encoded))]
 
 
 def show(generator: generate.Generator, prompts: list[list[int]], seeds: list[int], tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from moe.errors import UserError
+from moe.errors import UserError, short
 from moe.files import read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,8 +31,11 @@ def local_path(text: str | Path, name: str) -> Path:
   """The path that a user gave as `name`, with '~' expanded. Nothing need be there.
 
   Raises:
-    UserError: an address (gs://bucket/run), '~' of a user without a home, or a path that this system cannot have.
+    UserError: nothing, an address (gs://bucket/run), '~' of a user without a home, or a path that this system cannot
+      have.
   """
+  if not isinstance(text, (str, Path)) or not str(text):
+    raise UserError(f'{name} = {short(text)} must be a path, such as runs/tiny')
   refuse_address(str(text), name)
   try:
     path = Path(text).expanduser()

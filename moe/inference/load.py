@@ -13,6 +13,7 @@ from moe.config import Config, DataConfig, MeshConfig, PrecisionConfig
 from moe.data import folder_tokens
 from moe.data.tokenizer import ByteTokenizer, Tokenizer, load_saved
 from moe.errors import UserError
+from moe.files.paths import local_path
 from moe.interop import hf_config
 from moe.interop import load as from_folder
 from moe.interop.load import open_checkpoint
@@ -55,7 +56,7 @@ def load(path: str | Path, mesh: MeshConfig, compute: str = '', quantized: bool 
     UserError: neither of the two, no checkpoint, a damaged one, a mesh that does not fit; no tokenizer, or one with
       more ids than the model.
   """
-  path = Path(path).expanduser()
+  path = local_path(path, 'path')
   of_hf = not (path / 'checkpoints').is_dir()
   if of_hf and not (path / 'config.json').is_file():
     raise UserError(f'{path} is neither a run directory nor a folder with a Hugging Face checkpoint')

@@ -10,9 +10,11 @@ from jax.sharding import NamedSharding
 
 from moe.config import MeshConfig
 from moe.data.text import pieces
-from moe.errors import UserError
+from moe.data.tokenizer import Tokenizer
+from moe.errors import UserError, short
 from moe.inference.load import Model, load
 from moe.train.step import BATCH_SPEC, make_eval_step
+from moe.validation import utf8
 
 LENGTH_MULTIPLE = 128  # texts are padded to it, so that not every length compiles a program of its own
 MOST_TOKENS = 1 << 17  # of one text
@@ -48,11 +50,10 @@ class Opened:
       text: a document from its beginning, or token ids, to which no BOS is added.
 
     Raises:
-      UserError: no tokens, too many, or ids that the model does not know.
+      UserError: neither of the two, no tokens, too many, or ids that the model does not know.
     """
     config, tokenizer, mesh = self.model.config, self.model.tokenizer, self.model.mesh
-    encode = lambda text: [*tokenizer.begin_ids, *tokenizer.encode(text.encode())]
-    ids = np.asarray(encode(text) if isinstance(text, str) else text, np.int64)
+    ids = _token_ids(text, tokenizer)
     if ids.ndim != 1 or not 0 < len(ids) <= MOST_TOKENS:
       raise UserError(f'route takes 1 to {MOST_TOKENS:,} tokens, not an array of shape {ids.shape}')
     if ((ids < 0) | (ids >= config.model.vocab_size)).any():
@@ -73,6 +74,19 @@ class Opened:
       weights=weight[:, 0, : len(ids)],
       nats=nats[0, : len(ids)],
     )
+
+
+def _token_ids(text, tokenizer: Tokenizer) -> np.ndarray:
+  """int64, of any shape. Raises UserError: neither text nor integers, or text that is not UTF-8."""
+  if isinstance(text, str):
+    return np.array([*tokenizer.begin_ids, *tokenizer.encode(utf8('the text', text))], np.int64)
+  try:
+    ids = np.asarray(text)
+  except (TypeError, ValueError):  # lists of several lengths, ...
+    ids = np.array(None)
+  if ids.size and ids.dtype.kind not in 'iu':
+    raise UserError(f'route takes text or a list of token ids, not {short(text)}')
+  return ids.astype(np.int64)
 
 
 def open(path: str | Path, mesh: MeshConfig | None = None, compute: str = '', tokenizer: str = '') -> Opened:

@@ -113,6 +113,34 @@ def test_the_same_from_a_hugging_face_folder(opened, run, tmp_path):
 
 
 def test_what_cannot_be_routed_is_one_line(opened):
-  for bad, message in (([], 'takes 1 to'), ([0, 257], 'outside 0 to 256'), ([[1]], 'takes 1 to')):
+  for bad, message in (
+    ([], 'takes 1 to'),
+    ([0, 257], 'outside 0 to 256'),
+    ([[1]], 'takes 1 to'),
+    (5, 'takes 1 to'),
+    ([2**63], 'takes|outside'),
+    (b'def', r"takes text or a list of token ids, not b'def'"),
+    (None, 'takes text or a list of token ids, not None'),
+    (['a'], r"takes text or a list of token ids, not \['a'\]"),
+    ([1.5], r'takes text or a list of token ids, not \[1.5\]'),
+    ([True], r'takes text or a list of token ids, not \[True\]'),
+    ([[1], [2, 3]], r'takes text or a list of token ids, not \[\[1\], \[2, 3\]\]'),
+    ([2**70], 'takes text or a list of token ids'),
+    ('a\ud800', r"the text 'a\\ud800' is not UTF-8: "),
+  ):
     with pytest.raises(UserError, match=message):
       opened.route(bad)
+  assert opened.route(np.array([1, 2], np.uint8)).token_ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('path', [None, '', 5, b'runs/tiny'])
+def test_what_is_no_path_is_one_line(path):
+  with pytest.raises(UserError, match=f'^path = {path!r} must be a path, such as runs/tiny$'):
+    moe.open(path)
+
+
+def test_a_path_that_has_no_model_is_named(tmp_path):
+  with pytest.raises(UserError, match=f'^{tmp_path} is neither a run directory nor a folder'):
+    moe.open(tmp_path)
+  with pytest.raises(UserError, match=r"^path = 'gs://b/run' is an address"):
+    moe.open('gs://b/run')
