@@ -149,7 +149,7 @@ def test_every_setting_has_a_flag(config_of):
     (['--config=.'], 'it is a folder, not a file'),
     (['--config=/dev/zero'], 'a pipe or device, not a file'),
     (['--config=gs://b/c.py'], '--config = .* is an address'),
-    (['--config='], 'it is a folder, not a file'),
+    (['--config='], "^--config = '' must be the path of a file"),
   ],
 )
 def test_mistakes_on_the_command_line(config_of, arguments, message):

@@ -9,7 +9,7 @@ from matplotlib.ticker import NullLocator
 
 from moe.bench import layer, profile, rows, timing
 from moe.bench.layer import Shape
-from moe.report.figures import BLUE, GREY, save_png
+from moe.report.figures import BLUE, GREY, save
 
 # Shape of the sweeps, experts, tokens.
 GPU_SWEEPS = (Shape(2048, 1024, 64, 8, 16384), (16, 32, 64, 128, 256), (4096, 8192, 16384, 32768, 65536))
@@ -92,4 +92,4 @@ def plot(found: list[dict], path: pathlib.Path) -> None:
     axes.set_ylabel('time per token / that of the first')
     axes.grid(color='#d0d7de', linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
-  save_png(figure, path)
+  save(figure, path)

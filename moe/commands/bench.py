@@ -22,7 +22,6 @@ exit status is 1.
 
 import json
 import os
-import pathlib
 import sys
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leaves memory to the peers
@@ -42,7 +41,7 @@ from moe.bench import speculate as speculate_suite
 from moe.bench import step as step_suite
 from moe.config import Config, MeshConfig, from_config_dict
 from moe.errors import UserError
-from moe.files.paths import COMMAND, local_path
+from moe.files.paths import COMMAND, local_path, output_file
 from moe.inference.load import load
 from moe.parallel.mesh import make_mesh, platform_of, setup_devices
 
@@ -88,7 +87,9 @@ def scaling(hopper: bool) -> list[dict]:
   shape, experts, tokens = sweeps
   found = scaling_suite.measure(shape, experts, tokens, *_compute_dense_repeats_inner(hopper), PROFILE.value)
   if JSON.value:
-    scaling_suite.plot(found, pathlib.Path(JSON.value).with_suffix('.png'))
+    picture = local_path(JSON.value, '--json').with_suffix('.png')
+    scaling_suite.plot(found, picture)
+    print(f'picture: {picture}')
   return found
 
 
@@ -123,7 +124,7 @@ def main(argv):
   if argv[1:]:
     raise UserError(f'unexpected argument {argv[1]!r}; see --help')
   if JSON.value:
-    local_path(JSON.value, '--json')  # before minutes of measuring
+    output_file(JSON.value, '--json', ('.json',))  # before minutes of measuring; the picture is beside it
   suites = dict(zip(SUITES, (gemm, fp8, layer, scaling, step, generate, speculate), strict=True))
   setup_devices(MeshConfig(cpu_devices=CPU_DEVICES.value))
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')

@@ -7,10 +7,10 @@ moe plan --schedule=dualpipe_v --ranks=4 --microbatches=8 --plot=v.png
 from absl import flags
 
 from moe.errors import UserError
-from moe.files.paths import local_path
+from moe.files.paths import output_file
 from moe.parallel.schedule import SCHEDULES, Times, check, make
 from moe.plan import pipeline
-from moe.report.figures import save_png
+from moe.report.figures import SUFFIXES, save
 
 MOST = 64, 1024  # ranks and microbatches: tables are Python's work
 
@@ -23,7 +23,7 @@ TIMES = flags.DEFINE_list(
   'How long a stage takes forward, for the gradient of its inputs and for that of its weights; a fourth number: a '
   'forward beside a whole backward of another microbatch, instead of their sum.',
 )
-PLOT = flags.DEFINE_string('plot', '', 'A PNG of rank x time.')
+PLOT = flags.DEFINE_string('plot', '', 'A picture of rank x time: a .png, .pdf or .svg.')
 LOCKSTEP = flags.DEFINE_bool(
   'lockstep', False, 'Draw ranks that wait for each other after each tick, with packed cells; else they run freely.'
 )
@@ -33,7 +33,7 @@ def main(argv):
   if len(argv) > 1:
     raise UserError(f'moe plan takes no argument {argv[1]!r}; usage: moe plan --ranks=4 --microbatches=8')
   times, size = _times(TIMES.value), (RANKS.value, MICROBATCHES.value)
-  path = local_path(PLOT.value, '--plot') if PLOT.value else None
+  path = output_file(PLOT.value, '--plot', SUFFIXES) if PLOT.value else None
   for name in SCHEDULE.value:
     check(name)
   costs, refused = [], []
@@ -50,7 +50,8 @@ def main(argv):
     print(f'not shown: {line}')
   if path:
     how = times if LOCKSTEP.value else None
-    save_png(pipeline.picture([make(one.name, *size, how) for one in costs], times, LOCKSTEP.value), path)
+    save(pipeline.picture([make(one.name, *size, how) for one in costs], times, LOCKSTEP.value), path)
+    print(f'picture: {path}')
 
 
 def _times(texts) -> Times:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -35,7 +35,7 @@ def local_path(text: str | Path, name: str) -> Path:
       have.
   """
   if not isinstance(text, (str, Path)) or not str(text):
-    raise UserError(f'{name} = {short(text)} must be a path, such as runs/tiny')
+    raise UserError(f'{name} = {short(text)} must be the path of a file or folder')
   refuse_address(str(text), name)
   try:
     path = Path(text).expanduser()
@@ -45,6 +45,24 @@ def local_path(text: str | Path, name: str) -> Path:
     raise UserError(f'{name} = {str(text)!r}: {error}; give the path without ~') from error
   except (OSError, ValueError) as error:  # ValueError: a NUL in the path
     raise UserError(f'{name} = {str(text)!r}: {getattr(error, "strerror", None) or error}') from error
+  return path
+
+
+def output_file(text: str, name: str, suffixes: Collection[str]) -> Path:
+  """The path that a user gave as `name` for a file to be written: asked before the work, not when it is lost.
+
+  Args:
+    suffixes: of files that can be written, such as '.png'.
+
+  Raises:
+    UserError: as `local_path`; another suffix, a folder, or in a folder that is not there.
+  """
+  path = local_path(text, name)
+  if path.suffix.lower() not in suffixes:
+    raise UserError(f'{name} = {text!r} must end in {" or ".join(suffixes)}')
+  if path.is_dir() or not path.parent.is_dir():
+    why = 'it is a folder' if path.is_dir() else f'there is no folder {str(path.parent)!r}'
+    raise UserError(f'{name} = {text!r} cannot be written: {why}')
   return path
 
 

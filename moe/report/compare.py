@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe.errors import UserError
-from moe.report.figures import BLUE, GREY, ORANGE, curve, save_png
+from moe.report.figures import BLUE, GREY, ORANGE, curve, save
 from moe.report.run import Run
 
 
@@ -48,12 +48,12 @@ def common(base: Run, other: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def plot(base: Run, other: Run, names: tuple[str, str], path: pathlib.Path) -> None:
-  """Writes a PNG: both losses in nats per token, and their relative difference below.
+  """Writes a picture: both losses in nats per token, and their relative difference below.
 
   Args:
     base, other: the runs; differences are relative to the first.
     names: what they are called in the legend, in this order.
-    path: of the file.
+    path: of the file, whose suffix says which kind it is.
   """
   steps, losses, others = common(base, other)
   figure = Figure(figsize=(7, 5), layout='constrained')
@@ -70,4 +70,4 @@ def plot(base: Run, other: Run, names: tuple[str, str], path: pathlib.Path) -> N
   below.set_xlabel('step')
   for axes in (above, below):
     axes.spines[['top', 'right']].set_visible(False)
-  save_png(figure, path)
+  save(figure, path)

@@ -25,6 +25,7 @@ from moe.report.run import Run, thin
 
 BLUE, ORANGE, GREEN, GREY = '#1f6feb', '#d9480f', '#2b8a3e', '#57606a'
 WIDTH_IN, HEIGHT_IN = 4.7, 3.1
+SUFFIXES = '.png', '.pdf', '.svg'  # of a file that a picture is written to
 MAX_LAYER_LABELS = 16  # of a heat map
 NAMED_LAYERS = 6  # up to so many layers get a legend entry each, more get a colour bar
 LAYER_COLORS = ListedColormap(matplotlib.colormaps['viridis'](np.linspace(0, 0.9, 256)))  # the lightest end is cut off
@@ -131,10 +132,10 @@ def to_svg(figure: Figure) -> bytes:
   return buffer.getvalue()
 
 
-def save_png(figure: Figure, path: pathlib.Path) -> None:
-  """Writes the figure to `path`, whole or not at all. Raises UserError."""
+def save(figure: Figure, path: pathlib.Path) -> None:
+  """Writes the figure to `path`, of one of SUFFIXES, whole or not at all. Raises UserError."""
   with replacing(path) as temporary:
-    figure.savefig(temporary, dpi=120, format='png')
+    figure.savefig(temporary, dpi=120, format=path.suffix[1:].lower())
 
 
 def _evaluations(run, key):

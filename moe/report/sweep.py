@@ -28,7 +28,7 @@ def write_sweep_report(path: pathlib.Path) -> str:
   write_atomically(path / 'report.html', sweep_html.page(results))
   for name, draw in PICTURES.items():
     if figure := draw(results):
-      figures.save_png(figure, path / name)
+      figures.save(figure, path / name)
   return _text_table(results)
 
 

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from processes import script
 
 from configs import h200
 from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, speculate, timing
@@ -248,6 +249,16 @@ def test_top_kernels_counts_calls():
   assert found
   assert all(ms > 0 and launches == 1 for _, ms, launches in found)
   assert len(profile.table(found).splitlines()) == len(found)
+
+
+@pytest.mark.parametrize(
+  ('path', 'message'),
+  [('found.png', 'must end in .json'), ('nowhere/found.json', "no folder 'nowhere'")],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(path, message, monkeypatch):
+  monkeypatch.setattr(gemm, 'measure', lambda *_: pytest.fail('measured'))
+  with pytest.raises(UserError, match=message):
+    script('bench', '--suite=gemm', f'--json={path}')
 
 
 def test_dense_rate_is_a_rate():

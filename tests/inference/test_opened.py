@@ -135,7 +135,7 @@ def test_what_cannot_be_routed_is_one_line(opened):
 
 @pytest.mark.parametrize('path', [None, '', 5, b'runs/tiny'])
 def test_what_is_no_path_is_one_line(path):
-  with pytest.raises(UserError, match=f'^path = {path!r} must be a path, such as runs/tiny$'):
+  with pytest.raises(UserError, match=f'^path = {path!r} must be the path of a file or folder$'):
     moe.open(path)
 
 

@@ -31,6 +31,7 @@ def test_command(tmp_path, capsys):
   script('plan', '--ranks=4', '--microbatches=8', f'--plot={tmp_path / "plan.png"}')
   rows = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert ['zb_h1', '3', '3', '3', '3', '11.1%', '4'] in rows
+  assert rows[-1] == ['picture:', str(tmp_path / 'plan.png')]
   assert matplotlib.image.imread(tmp_path / 'plan.png').std() > 0.1
   script('plan', '--ranks=5', '--microbatches=10')
   assert "not shown: 'dualpipe' pairs ranks from both ends" in capsys.readouterr().out
@@ -44,11 +45,25 @@ def test_command(tmp_path, capsys):
     (['--times=1,2'], '3 or 4 positive numbers'),
     (['--times=1,nan,1'], '3 or 4 positive numbers'),
     (['more'], "no argument 'more'"),
+    (['--plot=plan.xyz'], "--plot = 'plan.xyz' must end in .png or .pdf or .svg"),
+    (['--plot=plan'], 'must end in'),
+    (['--plot=nowhere/plan.png'], "'nowhere/plan.png' cannot be written: there is no folder 'nowhere'"),
+    (['--plot=folder.png'], 'cannot be written: it is a folder'),
   ],
 )
-def test_mistakes(flags, says):
+def test_mistakes(flags, says, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'folder.png').mkdir()
   with pytest.raises(UserError, match=says):
     script('plan', *flags)
+  assert not capsys.readouterr().out, 'refused before anything is said'
+  assert [path.name for path in tmp_path.iterdir()] == ['folder.png']
+
+
+@pytest.mark.parametrize(('suffix', 'begins'), [('.svg', b'<?xml'), ('.PDF', b'%PDF')])
+def test_the_suffix_says_what_is_drawn(suffix, begins, tmp_path):
+  script('plan', '--schedule=gpipe', f'--plot={tmp_path / "plan"}{suffix}')
+  assert (tmp_path / f'plan{suffix}').read_bytes().startswith(begins)
 
 
 def test_it_needs_no_jax():

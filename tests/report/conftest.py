@@ -7,4 +7,4 @@ from moe.report import figures
 def words_only(monkeypatch):
   """Figures are drawn, but not rendered, which takes seconds: for tests that read what a page says."""
   monkeypatch.setattr(figures, 'to_svg', lambda figure: b'')
-  monkeypatch.setattr(figures, 'save_png', lambda figure, path: None)
+  monkeypatch.setattr(figures, 'save', lambda figure, path: None)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from fake_run import write_json, write_jsonl, write_run
+from processes import script
 
 from moe.errors import UserError
 from moe.report import compare
@@ -41,7 +42,14 @@ def test_compare_draws_both_and_is_a_script(tmp_path):
   command = [sys.executable, ROOT / 'experiments/compare.py', path, other, f'--plot={tmp_path}/two.png']
   done = subprocess.run(command, capture_output=True, text=True, check=True)
   assert json.loads(done.stdout)['mean_difference'] == pytest.approx(-0.01)
+  assert done.stderr == f'picture: {tmp_path}/two.png\n'
   assert (tmp_path / 'two.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first():
+  for name, message in (('two.txt', 'must end in .png or .pdf or .svg'), ('nowhere/two.png', "no folder 'nowhere'")):
+    with pytest.raises(UserError, match=message):
+      script('compare', 'no_run', 'none_either', f'--plot={name}')
 
 
 def test_compare_refuses_what_does_not_compare(tmp_path):
