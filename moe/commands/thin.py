@@ -3,10 +3,10 @@
 moe thin runs/balance experiments/results/balance
 
 Takes what the report needs of every finished run into one file, OUT/sweep.npz: config.json, data.json, evals.jsonl, and
-of metrics.jsonl and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. What
-reports average over rows, speeds and the last rows' means, is then of the rows that are kept; the rest of the report is
-that of the sweep. moe report OUT makes it; python has it by np.load (moe/report/packed.py says what is in it). moe
-ablate does not go on with it.
+of metrics.jsonl and load_history.jsonl the first row, every Nth step's and the last, numbers to six digits. Speeds and
+the last rows' means are kept as they are over all rows: moe report OUT has the tables of the sweep's own report, and
+curves of fewer points. Python has it by np.load (moe/report/packed.py says what is in it). moe ablate does not go on
+with it.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from absl import flags
 
 from moe.errors import UserError
 from moe.files.paths import local_path
-from moe.report import packed
+from moe.report import imbalance, packed
+from moe.report.results import averages
 from moe.report.run import Run, load_run
 from moe.sweep import jobs, manifest
 
@@ -32,7 +33,8 @@ def main(argv):
   if source.resolve() == out.resolve():
     raise UserError(f'{out} is the sweep itself; choose another folder for the copy')
   sweep, runs = _finished(source)
-  thinned = {name: _thinned(run) for name, run in runs.items()}
+  devices = imbalance.device_counts(sweep.base.model.num_experts)
+  thinned = {name: _thinned(run, devices) for name, run in runs.items()}
   before, there = _packed_before(out)
   packed.write(out, manifest.merge(out, before, sweep) if before else sweep, there | thinned)
   print(f'{out / packed.FILE}: {len(runs)} runs packed, {(out / packed.FILE).stat().st_size / 1e6:.1f} MB in all')
@@ -58,13 +60,13 @@ def _packed_before(out: pathlib.Path) -> tuple[manifest.Sweep | None, dict[str, 
   return None, {}
 
 
-def _thinned(run: Run) -> Run:
+def _thinned(run: Run, devices: list[int]) -> Run:
   """The run as it is to be packed: without what tells of the machine, and with some of its rows."""
   public = lambda fields: {key: value for key, value in fields.items() if key != 'command'}  # it has a machine's paths
   info = public(run.info) | {'starts': [public(start) for start in run.starts]}
   rows = [{key: _short(value) for key, value in row.items()} for row in _some(run.rows, EVERY.value)]
   history = _some(run.load_history, LOADS_EVERY.value)
-  return dataclasses.replace(run, info=info, rows=rows, load_history=history)
+  return dataclasses.replace(run, info=info, rows=rows, load_history=history, averages=averages(run, devices))
 
 
 def _some(rows, every):

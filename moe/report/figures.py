@@ -8,8 +8,6 @@ character.
 import io
 import math
 import pathlib
-import sys
-from typing import TypeGuard
 
 import matplotlib
 import numpy as np
@@ -21,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from moe.files import replacing
-from moe.report.run import Run, thin
+from moe.report.run import Run, is_finite, thin
 
 BLUE, ORANGE, GREEN, GREY = '#1f6feb', '#d9480f', '#2b8a3e', '#57606a'
 WIDTH_IN, HEIGHT_IN = 4.7, 3.1
@@ -299,8 +297,3 @@ def plain_log_ticks(axis: Axis) -> None:
   axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12) if high / low > 8 else MaxNLocator(6))
   axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
   axis.set_minor_locator(NullLocator())
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-  """Whether a value of JSON is a number that can be drawn."""
-  return isinstance(value, int | float) and abs(value) <= sys.float_info.max

@@ -1,7 +1,8 @@
 """The results of a sweep in one file, small enough to commit: FILE of a results folder, without sweep.json and runs.
 
 It is an .npz that np.load opens. `about` is UTF-8 JSON: the sweep as in sweep.json, and of each run its config.json,
-data.json, evals.jsonl without loads, and how many rows of the others it has. Those of all runs stand end to end:
+data.json, evals.jsonl without loads, the sweep's report's averages over all rows of the others, and how many of those
+rows are here. Those of all runs stand end to end:
 
     metrics/KEY                a value of metrics.jsonl of each row that has it; NaN is what was no number
     has/KEY                    which rows have it, where not all do
@@ -22,9 +23,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from moe.config import from_config_dict
-from moe.errors import UserError
+from moe.errors import UserError, short
 from moe.files import parse_json, read_bytes, replacing, step_of
-from moe.report.run import Run
+from moe.report.run import Run, is_finite
 from moe.sweep import manifest
 
 FILE = 'sweep.npz'
@@ -93,7 +94,7 @@ class _Tape(Generic[Piece]):
 def _about(run: Run) -> dict[str, Any]:
   evals = [{key: value for key, value in row.items() if key != 'load_LE'} for row in run.evals]
   counts = {'rows': len(run.rows), 'history': len(run.load_history)}
-  return {'info': run.info, 'data': run.data, 'evals': evals, **counts}
+  return {'info': run.info, 'data': run.data, 'evals': evals, **counts, 'averages': run.averages}
 
 
 def _run(
@@ -106,7 +107,11 @@ def _run(
   rows, evals = row_tape.take(described['rows']), described['evals']
   data = {key: value for key, value in described['data'].items() if isinstance(value, str | int | float)}
   history: list[dict[str, Any]] = []
-  run, where = Run(path, described['info'], data, rows, history, evals, None), f'{path.parent / FILE}, run {path.name},'
+  averages = described.get('averages', {})  # missing in files of older versions: reports average over the rows there
+  if not all(value is None or is_finite(value) for value in averages.values()):
+    raise ValueError(f'averages {short(averages)}')
+  run = Run(path, described['info'], data, rows, history, evals, None, averages=averages)
+  where = f'{path.parent / FILE}, run {path.name},'
   try:
     from_config_dict(run.info['config'])
   except UserError as error:

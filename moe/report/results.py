@@ -26,6 +26,7 @@ METRICS = (
   ('drop_rate', 'drop rate', False),
   ('tokens_per_s', 'tokens/s', None),
 )
+AVERAGED = ('max_vio_batch', 'drop_rate', 'tokens_per_s')  # of METRICS: over rows of metrics.jsonl
 SAME_LOSS = 1e-4  # relative: two programs with the same weights and text round differently
 
 
@@ -144,15 +145,25 @@ def load_results(path: pathlib.Path) -> Results:
       words = jobs.last_words(run.path)
       reached = f'step {summary["steps"]} of {planned.config.train.steps}'
       missing.append((planned.folder, f'{reached}; {words}' if words.startswith('error: ') else reached))
-    values = {key: summary[key] for key, _, _ in METRICS}
-    num_experts = run.setting('model.num_experts')  # a variant may have others than the base
-    for n in devices:
-      values[f'throughput_{n}'] = None if num_experts % n else imbalance.relative_throughput(run, n)
+    values = {key: summary[key] for key, _, _ in METRICS} | averages(run, devices)
     members.append(Member(planned.variant, planned.seed, run, summary['finished'], values))
   if not members:
     damaged = ''.join(f'; {name} {why}' for name, why in missing if why.startswith('cannot be read'))
     raise UserError(f'{path} has no runs to report: none of its {len(sweep.runs)} runs has logged a step{damaged}')
   return Results(path, sweep, members, missing, devices)
+
+
+def averages(run: Run, devices: list[int]) -> dict[str, float | None]:
+  """The values of a `Member` that are averages over rows: those of all rows, if only some were kept and it is known.
+
+  Args:
+    devices: sizes of the modelled meshes.
+  """
+  summary, num_experts = summarize(run), run.setting('model.num_experts')  # a variant may have others than the base
+  found = {key: summary[key] for key in AVERAGED}
+  for n in devices:
+    found[f'throughput_{n}'] = None if num_experts % n else imbalance.relative_throughput(run, n)
+  return found | {key: value for key, value in run.averages.items() if key in found}
 
 
 def _run_or_why_not(folder: pathlib.Path) -> Run | str:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Run:
   evals: list[dict[str, Any]]  # evals.jsonl, 'load_LE' as int64 [L, E]
   sample: str | None  # sample.txt
   experts: Experts | None = None  # experts.json
+  averages: dict[str, float | None] = dataclasses.field(default_factory=dict)  # over all rows, where some are kept
 
   @property
   def name(self) -> str:
@@ -262,8 +263,12 @@ def _median(values):
 
 
 def _number(value):
-  """The value, if it is a finite number that fits a float; else None."""
-  return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
+  return value if is_finite(value) else None
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+  """Whether a value of JSON is a number, finite, and no larger than floats are."""
+  return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _check_settings(run):

@@ -16,7 +16,7 @@ from processes import script
 from moe.errors import UserError
 from moe.files import read_json
 from moe.report import packed, sweep_html
-from moe.report.results import load_results, unfair
+from moe.report.results import load_results, metric_names, unfair
 from moe.report.run import load_run
 from moe.report.sweep import run_rows, table_rows
 from moe.sweep import manifest
@@ -178,6 +178,9 @@ def a_run(change):
     (a_run(lambda run: run.update(rows=0)), 'has no rows'),
     (a_run(lambda run: run.update(evals=[3])), 'damaged'),
     (a_run(lambda run: run['info'].update(config=[])), 'damaged'),
+    (a_run(lambda run: run.update(averages=3)), 'damaged'),
+    (a_run(lambda run: run['averages'].update(tokens_per_s='fast')), 'averages'),
+    (a_run(lambda run: run['averages'].update(tokens_per_s=[1])), 'averages'),
     (a_run(lambda run: run['info']['config']['model'].update(num_experts=1 << 60)), 'num_experts'),
     (a_run(lambda run: run['info']['config'].pop('model')), 'damaged|no setting'),
     (lambda arrays: about(arrays, lambda found: found['sweep'].update(version='0')), 'was swept by version 0'),
@@ -250,8 +253,9 @@ def test_thinned_results_have_the_same_table(whole, tmp_path):
   assert [path.name for path in (tmp_path / 'small').iterdir()] == [packed.FILE]
   before, after = load_results(whole), load_results(tmp_path / 'small')
   for variant in before.variants:
-    for key in ('val_loss', 'max_vio_global', 'load_entropy_global'):
-      assert after.spread(variant, key) == before.spread(variant, key)
+    for key, _, _ in metric_names(before):
+      assert after.spread(variant, key) == before.spread(variant, key), key
+  assert (table_rows(after), run_rows(after)) == (table_rows(before), run_rows(before))
   assert unfair(after) == []
   assert all(member.finished for member in after.members)
   run = after.members[0].run
@@ -261,8 +265,22 @@ def test_thinned_results_have_the_same_table(whole, tmp_path):
   assert 'command' not in run.info
   assert thin(tmp_path / 'small', tmp_path / 'smaller', '--every=20', '--loads_every=40').returncode == 0
   smaller = load_results(tmp_path / 'smaller')
-  assert smaller.spread('sign', 'val_loss') == before.spread('sign', 'val_loss')
+  assert run_rows(smaller) == run_rows(before)
   assert [row['step'] for row in smaller.members[0].run.rows] == [1, 20, 40]
+
+
+def test_files_without_averages_are_reported_by_the_rows_they_have(whole, tmp_path):
+  thin(whole, tmp_path, '--every=10', '--loads_every=20')
+  rewritten(
+    tmp_path / packed.FILE,
+    lambda arrays: about(arrays, lambda found: [run.pop('averages') for run in found['runs'].values()]),
+  )
+  member = load_results(tmp_path).members[0]
+  speeds = member.run.series('tokens_per_s')[1]
+  assert len(speeds) == 5
+  assert member.values['tokens_per_s'] == np.median(speeds)
+  assert thin(tmp_path, tmp_path / 'again', '--every=20').returncode == 0
+  assert load_results(tmp_path / 'again').members[0].values == member.values, 'of the rows it was made from'
 
 
 def test_thin_leaves_the_sweep_itself_alone(whole):
