@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from moe.config import Config, parse_setting, parsed
+from moe.config import SECTIONS, Config, parse_setting, parsed
 from moe.errors import UserError
 from moe.files.paths import local_path, run_python, users_code
 from moe.sweep import manifest
@@ -85,8 +85,10 @@ def _made(tables: dict, table: str, name: str, path: pathlib.Path):
   """What the function called `name` in a table of the definitions makes."""
   makers = tables[table]
   if not callable(makers.get(name)):
-    flag, names = {'SWEEPS': '--sweep', 'SCALES': '--scale'}[table], ', '.join(map(str, makers))
-    raise UserError(f'{flag} = {name!r} must be one of {names}, each a function')
+    flag = {'SWEEPS': '--sweep', 'SCALES': '--scale'}[table]
+    names = ', '.join(str(key) for key, maker in makers.items() if callable(maker))
+    valid = f'one of {names}' if names else f'a function in the table {table}, which has none'
+    raise UserError(f'{flag} = {name!r} must be {valid}')
   with users_code(path, '--definitions'):
     return makers[name]()
 
@@ -110,13 +112,15 @@ def _grid(grid: Sequence[str], settings: Sequence[str]) -> list[list[Variant]]:
   """A list of variants for each 'key=value,value'."""
   taken, factors = {setting.partition('=')[0]: '--set' for setting in settings}, []
   for given in grid:
-    key, _, texts = given.partition('=')
+    key, equals, texts = given.partition('=')
+    if not equals or key in SECTIONS:
+      raise UserError(f'--grid = {given!r} must look like train.batch_size=8,16')
     if key in taken:
       raise UserError(f'--grid = {given!r}: {taken[key]} sets {key} already')
     try:
       values = [parse_setting(f'{key}={text}')[1] for text in texts.split(',')]
     except UserError as error:
-      raise UserError(f'--grid = {given!r} must look like train.batch_size=8,16: {error}') from error
+      raise UserError(f'--grid = {given!r}: {error}') from error
     if twice := [value for value in values if values.count(value) > 1]:
       raise UserError(f'--grid = {given!r} has {twice[0]} twice')
     taken[key] = 'another --grid'

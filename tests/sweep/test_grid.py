@@ -54,8 +54,9 @@ def test_a_sweep_is_run_at_every_place_of_the_grid():
   ('arguments', 'message'),
   [
     (['optimizer.lr=1'], "unknown setting 'optimizer.lr'; the nearest valid one is 'optimizer.learning_rate'"),
-    (['balance=1'], 'must look like'),
-    (['train.steps'], "config train.steps = '' must be of type int"),
+    (['balance=1'], "^--grid = 'balance=1' must look like train.batch_size=8,16$"),
+    (['train.steps'], "^--grid = 'train.steps' must look like train.batch_size=8,16$"),
+    (['train.steps='], "^--grid = 'train.steps=': config train.steps = '' must be of type int$"),
     (['train.steps=8,,16'], "config train.steps = '' must be of type int"),
     (['train.steps=8,many'], "config train.steps = 'many' must be of type int"),
     (['optimizer.learning_rate=nan'], 'must be a finite number'),

@@ -242,7 +242,7 @@ def test_only_takes_names_that_hold_commas():
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'name': 'balanse'}, "--sweep = 'balanse' must be one of balance, gamma"),
+    ({'name': 'balanse'}, "^--sweep = 'balanse' must be one of balance, gamma, quantile, scope, gate, capacity, fp8$"),
     ({'scale': 'huge'}, "--scale = 'huge' must be one of tiny, h200"),
     ({'settings': ['train.stepz=5']}, "unknown setting 'train.stepz'; the nearest valid one is 'train.steps'"),
     ({'settings': ['train.steps=many']}, "--set = 'train.steps=many': config train.steps = 'many' must be of type int"),
@@ -252,7 +252,7 @@ def test_only_takes_names_that_hold_commas():
     ({'seeds': ('²',)}, "--seeds = '²' must be integers"),
     ({'definitions': '/no/such/file.py'}, '--definitions is no Python file that runs: cannot read'),
     ({'definitions': str(pathlib.Path(__file__).parent)}, 'is no Python file that runs'),
-    ({'definitions': str(pathlib.Path(__file__).parents[2] / 'README.md')}, r'README\.md.: SyntaxError'),
+    ({'definitions': str(pathlib.Path(__file__).parents[2] / 'README.md')}, r'README\.md., line \d+: SyntaxError'),
     ({'definitions': __file__.replace('test_manifest', 'test_variants')}, "has no table 'SWEEPS'"),
   ],
 )
@@ -275,7 +275,11 @@ GOOD_SWEEP = 'from moe.sweep.variants import axis\nSWEEPS = {"balance": lambda: 
     (GOOD_SCALE + 'def bad():\n  return [][1]\nSWEEPS = {"balance": bad}', 'line 4: IndexError: list index'),
     (GOOD_SCALE + 'SWEEPS = {"balance": lambda: None}', "sweep 'balance' .* makes no list of variants"),
     (GOOD_SCALE + 'SWEEPS = {"balance": lambda: [{"a": 1}]}', "sweep 'balance' .* makes no list of variants"),
-    (GOOD_SCALE + 'SWEEPS = {"balance": []}', "--sweep = 'balance' must be one of balance, each a function"),
+    (
+      GOOD_SCALE + 'SWEEPS = {"balance": []}',
+      "--sweep = 'balance' must be a function in the table SWEEPS",
+    ),
+    (GOOD_SCALE + 'SWEEPS = {"balance": [], "mine": list}', "--sweep = 'balance' must be one of mine$"),
     (GOOD_SWEEP + 'SCALES = {"smoke": lambda: {}}', "scale 'smoke' .* makes dict, not a Config"),
     (GOOD_SWEEP + 'SCALES = {"smoke": lambda: 1 / 0}', 'line 3: ZeroDivisionError'),
     (GOOD_SWEEP + 'SCALES = {"smoke": lambda size: size}', 'TypeError: .* missing 1 required positional argument'),
