@@ -19,8 +19,6 @@ from moe.report.figures import (
   legend_above,
   panel,
   plain_log_ticks,
-  running_mean,
-  thin,
 )
 from moe.report.routing import spread
 from moe.report.run import Run
@@ -181,10 +179,7 @@ def gradient_norms(run: Run) -> Figure | None:
   for i, key in enumerate(groups):
     steps, values = run.series(key)
     if len(steps) and (values > 0).any():
-      positive = lambda values: np.where(values > 0, values, np.nan)
-      axes.plot(thin(steps), thin(positive(values)), color=TEN(i), alpha=0.2, linewidth=0.7)
-      name = label(key.removeprefix('grad_norm/'))
-      axes.plot(thin(steps), thin(positive(running_mean(values))), color=TEN(i), linewidth=1.6, label=name)
+      curve(axes, steps, values, TEN(i), label(key.removeprefix('grad_norm/')), log=True)
   if not axes.lines:
     return None
   axes.set_yscale('log')

@@ -220,19 +220,14 @@ def curves_by_layer(figure, axes, run: Run, steps, value_NL, smooth: bool = True
     log: a logarithmic axis, on which values of 0 have no place.
     marker: matplotlib's, for each value; None: dots where a line would be too short.
   """
-  names, smooth = run.layer_names, smooth and len(steps) > 9
+  names = run.layer_names
   moe_layers = len(names) - run.setting('model.mtp_depth')
   color_of, few = LAYER_COLORS.resampled(max(moe_layers, 2)), moe_layers <= NAMED_LAYERS
-  # Perfectly equal loads have no place on a log axis.
-  positive = lambda values: np.where(values > 0, values, np.nan) if log else values
   for i, name in enumerate(names):
     is_mtp = i >= moe_layers
-    style = {'color': ORANGE, 'linewidth': 1.6, 'zorder': 3} if is_mtp else {'color': color_of(i), 'linewidth': 1.2}
-    if smooth:
-      axes.plot(steps, positive(value_NL[:, i]), **style | {'linewidth': 0.6, 'alpha': 0.25, 'zorder': 1})
-    bold = positive(running_mean(value_NL[:, i]) if smooth else value_NL[:, i])
-    dots = marker or ('o' if len(steps) < 3 else None)
-    axes.plot(steps, bold, marker=dots, markersize=4, alpha=0.9, label=name if few or is_mtp else None, **style)
+    color, style = (ORANGE, {'linewidth': 1.6, 'zorder': 3}) if is_mtp else (color_of(i), {'linewidth': 1.2})
+    shown = name if few or is_mtp else None
+    curve(axes, steps, value_NL[:, i], color, shown, smooth, log, marker=marker, alpha=0.9, **style)
   if log and (value_NL > 0).any():
     axes.set_yscale('log')
   if not few:
@@ -253,7 +248,7 @@ def panel(ylabel: str | None, height_in: float = HEIGHT_IN, width_in: float = WI
   return figure, axes
 
 
-def curve(axes, steps, values, color, label=None, smooth=True):
+def curve(axes, steps, values, color, label=None, smooth=True, log=False, **style):
   """Raw values faint and their running mean bold, or only the raw values; dots where a line would be too short.
 
   Args:
@@ -261,15 +256,17 @@ def curve(axes, steps, values, color, label=None, smooth=True):
     steps, values: [N] each, steps ascending.
     color: matplotlib's.
     label: in the legend; None: not there.
-    smooth: draw the running mean, too.
+    smooth: draw the running mean, too, where there are enough steps.
+    log: leave out values of 0, such as of perfectly equal loads, which have no place on a logarithmic axis.
+    style: matplotlib's, of the bold line.
   """
-  if len(steps) < 3:
-    axes.plot(steps, values, 'o', color=color, label=label)
-  elif smooth:
-    axes.plot(thin(steps), thin(values), color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(thin(steps), thin(running_mean(values)), color=color, linewidth=1.8, label=label)
-  else:
-    axes.plot(thin(steps), thin(values), color=color, linewidth=1.2, label=label)
+  shown = lambda values: thin(np.where(values > 0, values, np.nan) if log else values)
+  smooth = smooth and len(steps) > 9
+  style = {'linewidth': 1.8 if smooth else 1.2, 'markersize': 4} | style
+  style['marker'] = style.get('marker') or ('o' if len(steps) < 3 else None)
+  if smooth:
+    axes.plot(thin(steps), shown(values), color=color, alpha=0.25, linewidth=0.7, zorder=1)
+  axes.plot(thin(steps), shown(running_mean(values) if smooth else values), color=color, label=label, **style)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:

@@ -298,3 +298,19 @@ def test_script_refuses_a_bad_directory_in_one_line(tmp_path):
   assert done.returncode == 2
   assert done.stderr.startswith('error: ')
   assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(('steps', 'lines', 'marker'), [(2, 1, 'o'), (9, 1, 'None'), (10, 2, 'None')])
+def test_a_curve_is_faint_values_and_their_bold_running_mean(steps, lines, marker):
+  values = np.arange(steps) % 2.0
+  _, axes = figures.panel('y')
+  figures.curve(axes, np.arange(steps), values, 'red', 'name', log=True)
+  assert len(axes.lines) == lines
+  *faint, bold = axes.lines
+  mean = figures.running_mean(values) if faint else values
+  np.testing.assert_array_equal(bold.get_ydata(), np.where(mean > 0, mean, np.nan))
+  for line in faint:
+    np.testing.assert_array_equal(line.get_ydata(), np.where(values > 0, values, np.nan))
+    assert line.get_alpha() < 0.5
+    assert line.get_color() == bold.get_color() == 'red'
+  assert (bold.get_marker(), bold.get_label()) == (marker, 'name')
