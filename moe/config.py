@@ -113,7 +113,8 @@ class TrainConfig:
 
   steps: int = 1000  # optimizer steps
   batch_size: int = 16  # sequences per optimizer step over the whole mesh
-  microbatches: int = 1  # gradient accumulation: the batch is worked off in this many parts
+  microbatches: int = 0  # parts that the batch is worked off in; 0: 1, or in a pipeline up to 4 per rank
+  schedule: str = '1f1b'  # of a pipeline: gpipe | 1f1b | zb_h1 | dualpipe | dualpipe_v
   seed: int = 0  # of weights and of the data order
   mtp_weight: float = 0.3  # lambda of the MTP loss
   remat: str = 'none'  # none | dots (keep matmul outputs) | full (keep layer inputs only)

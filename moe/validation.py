@@ -11,6 +11,7 @@ if TYPE_CHECKING:
   from moe.config import Config, ModelConfig
 
 AUX_LOSSES = ('none', 'switch', 'sequence')
+SCHEDULES = ('gpipe', '1f1b', 'zb_h1', 'dualpipe', 'dualpipe_v')  # of pipelines
 FP8_MODULES = ('experts', 'ffn', 'attention', 'dispatch')
 # Beyond these, a config is a mistake or an attack, and is refused before anything is traced. Of what there is, the
 # deepest have 1,000 layers, and the largest some 1e12 parameters.
@@ -23,12 +24,13 @@ def validate(config: 'Config') -> None:
   _validate_balance(config)
   _validate_paths(config)
   train, data, opt, mesh = config.train, config.data, config.optimizer, config.mesh
-  at_least(train, 'train', 1, 'steps batch_size microbatches log_every unroll_layers')
-  at_least(train, 'train', 0, 'seed mtp_weight load_every eval_every eval_sequences sample_tokens')
+  at_least(train, 'train', 1, 'steps batch_size log_every unroll_layers')
+  at_least(train, 'train', 0, 'microbatches seed mtp_weight load_every eval_every eval_sequences sample_tokens')
   one_of('train.logger', train.logger, ('none', 'wandb', 'mlflow'))
+  one_of('train.schedule', train.schedule, SCHEDULES)
   one_of('train.remat', train.remat, ('none', 'dots', 'full'))
   _require(
-    train.batch_size % train.microbatches == 0,
+    train.batch_size % max(train.microbatches, 1) == 0,
     f'config train.batch_size = {train.batch_size} must be divisible by train.microbatches = {train.microbatches}',
   )
   profile_range(train.profile_steps)

@@ -184,6 +184,7 @@ ONE_OF = {
   'balance.aux_loss': ('none', 'switch', 'sequence'),
   'balance.aux_scope': ('microbatch', 'global_batch'),
   'train.remat': ('none', 'dots', 'full'),
+  'train.schedule': ('gpipe', '1f1b', 'zb_h1', 'dualpipe', 'dualpipe_v'),
   'optimizer.schedule': ('wsd', 'cosine'),
   'optimizer.moments': ('float32', 'bfloat16'),
   'precision.compute': ('float32', 'bfloat16'),
@@ -195,11 +196,12 @@ ONE_OF = {
 LEAST = {
   1: 'model.vocab_size model.d_model model.num_layers model.d_ff model.d_expert model.num_experts model.top_k '
   'model.num_groups model.top_groups model.num_heads model.v_dim model.yarn_original_len model.kv_lora_rank '
-  'model.qk_nope_dim train.steps train.batch_size train.microbatches train.log_every mesh.num_processes '
+  'model.qk_nope_dim train.steps train.batch_size train.log_every mesh.num_processes '
   'checkpoint.keep model.yarn_factor',
   0: 'model.num_dense_layers model.num_shared_experts model.capacity_factor model.q_lora_rank model.mtp_depth '
-  'balance.gamma balance.aux_alpha balance.z_loss balance.smebu_kappa train.seed train.mtp_weight train.eval_every '
-  'train.eval_sequences train.sample_tokens optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay '
+  'balance.gamma balance.aux_alpha balance.z_loss balance.smebu_kappa train.microbatches train.seed train.mtp_weight '
+  'train.eval_every train.eval_sequences train.sample_tokens optimizer.learning_rate optimizer.warmup_steps '
+  'optimizer.weight_decay '
   'optimizer.clip_norm model.yarn_mscale mesh.pipe mesh.data mesh.expert mesh.tensor mesh.cpu_devices mesh.process_id '
   'checkpoint.every_steps',
   2: 'data.seq_len',

@@ -6,6 +6,8 @@ moe bench --suite=layer --profile
 moe bench --suite=scaling --json=scaling.json
 moe bench --suite=step
 moe bench --suite=generate
+moe bench --suite=mesh
+moe bench --suite=mesh --cpu_devices=2 --only=expert,pipe
 moe bench --suite=speculate --checkpoint=runs/mtp
 
 gemm: the grouped matmul's backends beside one dense matmul and, on a GPU with torch, torch's grouped_mm.
@@ -14,6 +16,7 @@ layer: a MoE layer, router to combine, beside Hugging Face's DeepseekV3MoE where
 scaling: the same over the number of experts and of tokens, with a plot beside the JSON file.
 step: a train step of configs/h200.py's model, beside Hugging Face's DeepseekV3ForCausalLM.
 generate: greedy generation by that model (configs/tiny.py's on a CPU), beside transformers' generate.
+mesh: a train step on each kind of mesh that the devices make, beside one device.
 speculate: generation by a trained model of yours, plain and with drafts of its MTP module.
 
 Sizes are for 2 CPU cores or one Hopper GPU, whichever is there. A contender that fails is a row that says so, and the
@@ -35,6 +38,7 @@ from moe.bench import fp8 as fp8_suite
 from moe.bench import gemm as gemm_suite
 from moe.bench import generate as generate_suite
 from moe.bench import layer as layer_suite
+from moe.bench import mesh as mesh_suite
 from moe.bench import peers, rows, timing
 from moe.bench import scaling as scaling_suite
 from moe.bench import speculate as speculate_suite
@@ -45,14 +49,16 @@ from moe.files.paths import COMMAND, local_path, output_file
 from moe.inference.load import load
 from moe.parallel.mesh import make_mesh, platform_of, setup_devices
 
-SUITES = ('gemm', 'fp8', 'layer', 'scaling', 'step', 'generate', 'speculate')
+SUITES = ('gemm', 'fp8', 'layer', 'scaling', 'step', 'mesh', 'generate', 'speculate')
 SUITE = flags.DEFINE_enum('suite', 'gemm', SUITES, 'What to measure.')
 REPEATS = flags.DEFINE_integer('repeats', 9, 'Timed repetitions; the median counts.', lower_bound=1)
 JSON = flags.DEFINE_string('json', '', 'Also write the results to this file.')
 PROFILE = flags.DEFINE_bool('profile', False, 'layer, scaling, step: print the kernels that take longest.')
 CPU_DEVICES = flags.DEFINE_integer(
-  'cpu_devices', 0, 'generate: split the CPU into so many virtual devices, which share a batch.', 0, 4096
+  'cpu_devices', 0, 'generate, mesh: split the CPU into so many virtual devices, which share a batch.', 0, 4096
 )
+ONLY = flags.DEFINE_string('only', '', 'mesh: parts of names, comma-separated: those alone, beside one device.')
+LAYERS = flags.DEFINE_integer('layers', 4, 'mesh: layers of the model, the first one dense.', 4, 64)
 CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'speculate: run directory or Hugging Face folder of the model.')
 CONTENDER = flags.DEFINE_enum(
   'contender', '', ('', *step_suite.CONTENDERS), 'step: measure this one here, and print its row as JSON.'
@@ -103,6 +109,13 @@ def step(hopper: bool) -> list[dict]:
   return step_suite.collect(config, names, command, _compute_dense_repeats_inner(hopper)[1])
 
 
+def mesh(hopper: bool) -> list[dict]:
+  if len(jax.devices()) < 2:
+    raise UserError(f'suite mesh needs 2 devices or more, not {len(jax.devices())}; on a CPU give --cpu_devices=2')
+  config = mesh_suite.sized(from_config_dict(cli.read_config('h200')), hopper, LAYERS.value)
+  return mesh_suite.measure(config, REPEATS.value, ONLY.value)
+
+
 def generate(hopper: bool) -> list[dict]:
   config = from_config_dict(cli.read_config('h200' if hopper else 'tiny', 'model.mtp_depth=0'))
   return generate_suite.measure(config, REPEATS.value, CPU_DEVICES.value or 1)
@@ -125,7 +138,9 @@ def main(argv):
     raise UserError(f'unexpected argument {argv[1]!r}; see --help')
   if JSON.value:
     output_file(JSON.value, '--json', ('.json',))  # before minutes of measuring; the picture is beside it
-  suites = dict(zip(SUITES, (gemm, fp8, layer, scaling, step, generate, speculate), strict=True))
+  if SUITE.value == 'mesh':  # no peers beside it, and programs of many sizes one after the other: none finds holes
+    os.environ |= {'XLA_PYTHON_CLIENT_PREALLOCATE': 'true', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'}
+  suites = dict(zip(SUITES, (gemm, fp8, layer, scaling, step, mesh, generate, speculate), strict=True))
   setup_devices(MeshConfig(cpu_devices=CPU_DEVICES.value))
   results = suites[SUITE.value](platform_of(make_mesh(Config())) == 'hopper')
   if CONTENDER.value:

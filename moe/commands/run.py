@@ -24,7 +24,7 @@ class Sample(loop.Callback):
   """Writes sample.txt, if one is wanted."""
 
   def finished(self, run: loop.Run) -> bool:
-    train, params, bias_LE, text = run.config.train, run.state.params, run.state.balance['bias_LE'], None
+    train, text = run.config.train, None
     if train.sample_tokens:
       with loop.progress(0, train.sample_tokens, 'token', 'sample', leave=False) as bar:
 
@@ -32,7 +32,8 @@ class Sample(loop.Callback):
           bar.update(len(tokens))
           return run.stop()
 
-        model = params, bias_LE, run.tokenizer, run.config, run.mesh
+        weights = run.weights()
+        model = weights.params, weights.balance['bias_LE'], run.tokenizer, run.config, run.flat_mesh
         text = continuation(*model, train.sample_prompt, train.sample_tokens, SAMPLING, train.seed, on_tokens)
     if run.stop():
       return False

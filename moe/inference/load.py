@@ -130,12 +130,17 @@ def for_inference(config: Config, mesh: MeshConfig, compute: str) -> Config:
     compute: as in `load`.
 
   Raises:
-    UserError: no such dtype or preset.
+    UserError: no such dtype or preset, or a pipeline.
   """
   if compute not in ('', 'float32', 'bfloat16'):
     raise UserError(f"dtype {compute!r} must be float32, bfloat16, or '' for that of the training")
   precision = dataclasses.replace(config.precision, fp8='', compute=compute or config.precision.compute)
-  _, data, expert, _ = mesh_shape(mesh)
+  pipe, data, expert, _ = mesh_shape(mesh)
+  if pipe > 1:
+    raise UserError(
+      f'config mesh.pipe = {pipe} is for training: a trained model goes through no pipeline; set mesh.pipe=1, and '
+      'mesh.expert or mesh.tensor to divide it'
+    )
   train = dataclasses.replace(config.train, batch_size=data * expert, microbatches=1, remat='none')
   return dataclasses.replace(
     config, precision=precision, mesh=mesh, train=train, dispatch='auto', grouped_matmul='auto'

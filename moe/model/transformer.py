@@ -205,6 +205,19 @@ def _abstract(config: ModelConfig, balance: BalanceConfig):
   return nnx.split(model, nnx.Param, RouterBias)
 
 
+@functools.lru_cache(maxsize=8)
+def _abstract_layer(config: ModelConfig):
+  return nnx.split(nnx.eval_shape(lambda: MoELayer(config, Init(nnx.Rngs(0), config.init_std))))
+
+
+def moe_layer(config: Config, weights: dict) -> MoELayer:
+  """One MoE layer with these parameters: a slice of those that `abstract_params` has under 'layers'."""
+  graph, abstract = _abstract_layer(config.model)
+  state = jax.tree.map(lambda x: x, abstract)  # shared: copied before it is filled in
+  nnx.replace_by_pure_dict(state, weights)
+  return nnx.merge(graph, state)
+
+
 def abstract_params(config: Config) -> dict:
   """Nested dict of the parameters' shapes and dtypes; nothing is allocated."""
   return nnx.to_pure_dict(_abstract(config.model, config.balance)[1])

@@ -2,7 +2,8 @@
 
 A pipeline's stage is traced once, forward and backward together. The forward part is what y needs, the input-gradient
 part what dx needs besides, the weight-gradient part the rest: nothing is computed twice, whatever is inside (kernels
-with gradients of their own, collectives, branches). What crosses a cut is found, not declared.
+with gradients of their own, collectives, branches). What crosses a cut is found, not declared. What comes of weights
+alone, such as two matrices side by side or in FP8, is a part before all others, which runs once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ import jax
 from jax.extend import core
 
 AXIS = 'pipe'
+# Not worth keeping, nor waiting for: made again wherever it is needed.
+LIGHT = {'add_any', 'convert_element_type', 'pcast', 'pvary', 'reshape', 'squeeze', 'transpose', 'broadcast_in_dim'}
 
 
 class Part(NamedTuple):
@@ -35,12 +38,13 @@ class Part(NamedTuple):
     return outs[:count], dict(zip(self.keeps, outs[count:], strict=True))
 
 
-def cut(program: core.ClosedJaxpr, groups: Sequence[Sequence[int]]) -> list[Part]:
-  """One part for each group of outputs, with all it needs that no part before has made.
+def cut(program: core.ClosedJaxpr, groups: Sequence[Sequence[int]], fixed: Sequence[int] = ()) -> list[Part]:
+  """A part for what comes of the operands `fixed` alone, then one for each group of outputs with all it needs besides.
 
   Args:
     program: traced inside `shard_map`.
     groups: positions of outputs, each in one group.
+    fixed: positions of operands that stay the same while parts run again and again.
 
   Raises:
     ValueError: there is a collective over AXIS in the program. Ranks run different parts at a time, so it would wait
@@ -49,8 +53,8 @@ def cut(program: core.ClosedJaxpr, groups: Sequence[Sequence[int]]) -> list[Part
   if names := sorted({equation.primitive.name for equation in equations(program.jaxpr) if _is_over(equation, AXIS)}):
     raise ValueError(f'a stage has collectives over {AXIS!r}: {", ".join(names)}; let what it differentiates vary')
   whole = program.jaxpr
-  outs = [[whole.outvars[i] for i in group] for group in groups]
-  chosen = _choose(whole, outs)
+  outs: list[list] = [[], *([whole.outvars[i] for i in group] for group in groups)]
+  chosen = _choose(whole, outs, [whole.invars[i] for i in fixed])
   reads = [_distinct([*(v for e in part for v in e.invars), *out]) for part, out in zip(chosen, outs, strict=True)]
   makes = [{variable for equation in part for variable in equation.outvars} for part in chosen]
   place = {variable: i for i, variable in enumerate([*whole.invars, *whole.constvars])}
@@ -65,6 +69,20 @@ def cut(program: core.ClosedJaxpr, groups: Sequence[Sequence[int]]) -> list[Part
     jaxpr = core.Jaxpr((), ins, given, part, debug_info=about)
     parts.append(Part(jaxpr, tuple(place[variable] for variable in inputs), tuple(takes), tuple(keeps)))
   return parts
+
+
+def is_light(part: Part, out: int) -> bool:
+  """Whether the part does next to nothing for its output `out`: parts before have made it, all but for a cast or so.
+
+  So it is with what comes out of one equation, such as a loop or a branch, beside what an earlier part must have.
+  """
+  wanted = set(_distinct([part.jaxpr.outvars[out]]))
+  for equation in reversed(part.jaxpr.eqns):
+    if wanted.intersection(equation.outvars):
+      if equation.primitive.name not in LIGHT:
+        return False
+      wanted.update(_distinct(equation.invars))
+  return True
 
 
 def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
@@ -88,20 +106,51 @@ def _is_over(equation, axis: str) -> bool:
   return axis in jax.tree.leaves(named)
 
 
-def _choose(whole: core.Jaxpr, outs: Sequence[Sequence]) -> list[list]:
-  """The equations of each part, in order. What is alike on all ranks (constants) is made again instead of kept."""
+def _choose(whole: core.Jaxpr, outs: Sequence[Sequence], fixed: Sequence[core.Var]) -> list[list]:
+  """The equations of each part, in order.
+
+  What is alike on all ranks (constants) is made again instead of kept, and so is what is light: of `fixed` alone, or of
+  one value that is no larger, such as x in float32.
+  """
+  of_fixed, again, wanted_first = set(fixed), set(), []
+  for equation in whole.eqns:
+    reads = _distinct(equation.invars)
+    if not any(AXIS in _varies(out) for out in equation.outvars):
+      again.add(id(equation))
+    elif all(v in of_fixed or AXIS not in _varies(v) for v in reads) and not equation.effects:
+      of_fixed.update(equation.outvars)
+      if equation.primitive.name in LIGHT or _size(equation.outvars) > _size(reads):
+        again.add(id(equation))
+      else:
+        wanted_first += equation.outvars
+    elif equation.primitive.name in LIGHT and len(reads) == 1 and _size(reads) <= _size(equation.outvars):
+      again.add(id(equation))
   taken: set[int] = set()
   chosen = []
-  for out in outs:
+  needed = _needed(whole, [v for out in outs for v in _distinct(out)])
+  for out in ([v for v in wanted_first if v in needed], *outs[1:]):
     wanted, part = set(_distinct(out)), []
     for equation in reversed(whole.eqns):
       if id(equation) not in taken and wanted.intersection(equation.outvars):
         part.append(equation)
         wanted.update(_distinct(equation.invars))
     part.reverse()
-    taken.update(id(equation) for equation in part if any(AXIS in _varies(v) for v in equation.outvars))
+    taken.update(id(equation) for equation in part if id(equation) not in again)
     chosen.append(part)
   return chosen
+
+
+def _needed(whole: core.Jaxpr, outs: Sequence[core.Var]) -> set[core.Var]:
+  """All variables that the outputs come of."""
+  needed = set(outs)
+  for equation in reversed(whole.eqns):
+    if needed.intersection(equation.outvars):
+      needed.update(_distinct(equation.invars))
+  return needed
+
+
+def _size(variables: Sequence[core.Var]) -> int:
+  return sum(variable.aval.size * variable.aval.dtype.itemsize for variable in variables)  # type: ignore[attr-defined]
 
 
 def _varies(variable: core.Var) -> frozenset[str]:

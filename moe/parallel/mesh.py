@@ -8,14 +8,19 @@ import math
 import os
 
 import jax
+import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from moe.config import Config, MeshConfig
 from moe.errors import UserError
+from moe.parallel.schedule import make
+from moe.parallel.stages import divide, together
 from moe.validation import parameters
 
 AXES = ('pipe', 'data', 'expert', 'tensor')
 BATCH_AXES = ('data', 'expert')
+
+MOST_PER_RANK = 4  # microbatches, where their number is left to the mesh: the bubble is then a fifth or less of a step
 
 HOPPER = AbstractDevice('NVIDIA H100', num_cores=132, platform='gpu')  # what kernels are lowered for without a device
 
@@ -77,6 +82,16 @@ def make_mesh(config: Config) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:size])
 
 
+def without_pipe(mesh: Mesh) -> Mesh:
+  """The same devices in the same order, those along `pipe` along `data`: for what goes through no pipeline.
+
+  So evaluation and generation do: each device has its share of all layers, and all of them work all the time.
+  """
+  pipe, data, expert, tensor = mesh.devices.shape
+  devices = mesh.devices.reshape(1, pipe * data, expert, tensor)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4) if pipe > 1 else mesh
+
+
 def check_memory(config: Config, mesh: Mesh) -> None:
   """Refuses a model that cannot be trained on the mesh, before minutes go into tracing it.
 
@@ -95,6 +110,15 @@ def check_memory(config: Config, mesh: Mesh) -> None:
       f'a model of {size:.3g} parameters needs {needed_bytes / 1e9:,.0f} GB for masters and moments, and the '
       f'{mesh.size} device(s) of the mesh hold {held_bytes / 1e9:,.0f} GB; use a smaller model or more devices'
     )
+
+
+def peak_memory(mesh: Mesh) -> dict[int, int]:
+  """Rank of the pipeline -> most bytes that a device of it has held so far, of this process's devices; {} on CPUs."""
+  found: dict[int, int] = {}
+  for (rank, *_), device in np.ndenumerate(mesh.devices):
+    if device.process_index == jax.process_index() and (stats := device.memory_stats()):
+      found[rank] = max(found.get(rank, 0), stats['peak_bytes_in_use'])
+  return found
 
 
 def platform_of(mesh: Mesh) -> str:
@@ -121,7 +145,7 @@ def validate_mesh(config: Config, shape: tuple[int, int, int, int]) -> None:
   pipe, data, expert, tensor = shape
   model, train = config.model, config.train
   if pipe > 1:
-    raise UserError(f'config mesh.pipe = {pipe}: pipeline parallelism is not built yet; mesh.pipe must be 1')
+    _validate_pipeline(config, shape)
   for name, value, axis, size in (
     ('model.num_experts', model.num_experts, 'expert', expert),
     ('model.num_heads', model.num_heads, 'tensor', tensor),
@@ -131,14 +155,46 @@ def validate_mesh(config: Config, shape: tuple[int, int, int, int]) -> None:
   ):
     if value % size:
       raise UserError(f'{name} = {value} must be divisible by the {axis} axis of the mesh, {size}')
-  parts = data * expert * train.microbatches
+  number = microbatches(config, shape)
+  parts = data * expert * number
   if train.batch_size % parts:
     raise UserError(
       f'config train.batch_size = {train.batch_size} must be divisible by data x expert x train.microbatches = '
-      f'{data} x {expert} x {train.microbatches} = {parts}'
+      f'{data} x {expert} x {number} = {parts}'
     )
   if config.dispatch == 'local' and expert > 1:
     raise UserError(
       f"config dispatch = 'local' works on one expert shard, and the mesh has {expert}; use auto, all_gather, "
       'all_to_all or ragged'
     )
+
+
+def microbatches(config: Config, shape: tuple[int, int, int, int]) -> int:
+  """train.microbatches, or where that is 0: 1, and in a pipeline as many as divide the batch, up to 4 per rank."""
+  pipe, data, expert, _ = shape
+  if config.train.microbatches or pipe == 1:
+    return config.train.microbatches or 1
+  each = config.train.batch_size // (data * expert)  # sequences of a shard
+  step = 2 if config.train.schedule == 'dualpipe' else 1  # it needs an even number
+  fit = [number for number in range(step, MOST_PER_RANK * pipe + 1, step) if each and each % number == 0]
+  return max(fit, default=1)
+
+
+def _validate_pipeline(config: Config, shape: tuple[int, int, int, int]) -> None:
+  pipe, data, expert, _ = shape
+  layers, number = config.model.num_moe_layers, microbatches(config, shape)
+  if pipe > layers:
+    raise UserError(f'config mesh.pipe = {pipe} must be at most the MoE layers of the model, {layers}')
+  if config.balance.aux_loss == 'switch' and config.balance.aux_scope == 'global_batch':
+    raise UserError(
+      "config balance.aux_scope = 'global_batch' asks for the loads of earlier microbatches, which a pipeline has not "
+      "counted yet; use 'microbatch'"
+    )
+  if number < pipe:
+    raise UserError(
+      f'config train.microbatches = {number} is too few for a pipeline of {pipe} ranks: at least {pipe}, and '
+      f'train.batch_size = {config.train.batch_size} a multiple of data x expert x microbatches, such as '
+      f'{data} x {expert} x {pipe} = {data * expert * pipe}'
+    )
+  schedule = make(config.train.schedule, pipe, number)
+  divide(layers, together(schedule))

@@ -1,14 +1,14 @@
 """Runs any pipeline schedule inside a fully manual `shard_map`: a scan over ticks, each a switch over kinds of cells.
 
-A stage is traced once, forward and backward, and cut (`cut.py`): F makes y and the sums, B what the input's gradient
-needs besides, W the rest. What waits between ticks lies in rings (`rings.py`). After each tick, inputs move a stage on
-and gradients a stage back, one ppermute per slot and direction. Nothing here knows a schedule's name.
+A stage is traced once, forward and backward, and cut (`traced.py`, `cut.py`): F makes y and the sums, B what the
+gradient of the input needs besides, W the rest. A weight's gradient that comes out of one equation with the input's, as
+from a loop over layers, is B's too. What waits between ticks lies in rings (`rings.py`). After each tick, inputs move a
+stage on and gradients a stage back, one ppermute per slot and direction. Nothing here knows a schedule's name.
 
 Gradients are added, and rings written, outside of the switch: XLA copies what a branch changes, and updates in place
 what a loop carries.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from jax import lax
 from jax.extend import core
 
 from moe.ops.varying import vary, varying_axes
-from moe.parallel.cut import AXIS, Part, cut
-from moe.parallel.rings import RINGS, Plan, plan
+from moe.parallel.cut import AXIS
+from moe.parallel.rings import RINGS, TRAVEL, Plan, plan
 from moe.parallel.schedule import Schedule
+from moe.parallel.traced import KEPT_BY, Traced, trace
 
 
 class Found(NamedTuple):
@@ -35,121 +36,149 @@ class Found(NamedTuple):
   sums: Any
 
 
-class _Stage(NamedTuple):
-  """A traced stage. parts, outs: of F, B, W. constants: operands past the arguments. like: a row of each ring."""
+class _Weights(NamedTuple):
+  """What a rank computes with: weights of all stages, of its slots, and what is prepared of them by slot and role."""
 
-  parts: dict[str, Part]
-  outs: dict[str, Any]
-  constants: list
-  like: dict[str, Any]
-  sums: Any
+  shared: Any
+  layers: list
+  prepared: list[list[dict]]
+
+
+class _Grads(NamedTuple):
+  """Gradients of weights, as leaves: of `shared`, and of layers by which part makes them: W, or B, which is earlier.
+
+  What a cell has found is of its W's and its B's slot. Totals of layers have [slots, ...].
+  """
+
+  shared: list
+  late: list
+  early: list
 
 
 def run(
   schedule: Schedule,
-  forward: Callable,
+  forwards: Sequence[Callable],
+  roles: Sequence[Sequence[int]],
   shared: Any,
   layers: Sequence[Any],
   microbatches: Any,
   x_like: jax.Array,
-  keep: bool = True,
 ) -> Found:
   """Gradients of the sum of all stages' losses over all microbatches; inside `shard_map`.
 
   Args:
     schedule: valid, for as many ranks as 'pipe' has.
-    forward: (shared, a slot's layers), x, microbatch, stage -> ((y, this stage's part of the loss), sums); stage is an
-      int32 that differs between ranks. The first stage ignores x, and the last one's y is ignored.
+    forwards: by role: (shared, a slot's layers), x, microbatch, stage -> ((y, this stage's part of the loss), sums);
+      stage is an int32 that differs between ranks. What the first stage does with x, and the last one's y, is ignored.
+    roles: of each rank's slots.
     shared: weights that every stage holds.
     layers: weights of this rank's stages, one tree per slot.
     microbatches: a tree of [M, ...].
     x_like: zeros of x's type.
-    keep: keep what the backward pass needs from the forward one; otherwise the stage's input, and B runs F again.
 
   Raises:
     ValueError: there is a collective over 'pipe' in a stage (see `cut.cut`).
   """
-  axes = varying_axes(x_like) | {AXIS}
+  axes, slots = varying_axes(x_like) | {AXIS}, range(len(layers))
   shared, layers, microbatches, x_like = vary((shared, list(layers), microbatches, x_like), (AXIS,))
-  stage_of = jnp.array(
-    [[schedule.stage_of(rank, slot) for slot in range(len(layers))] for rank in range(schedule.ranks)], jnp.int32
-  )[lax.axis_index(AXIS)]
+  stage_of = jnp.array([[schedule.stage_of(rank, slot) for slot in slots] for rank in range(schedule.ranks)], jnp.int32)
+  stage_of = stage_of[lax.axis_index(AXIS)]
   one = vary(jnp.ones(()), axes)
   example = (shared, layers[0]), x_like, _pick(microbatches, 0), stage_of[0], x_like, one
-  stage, follow = _trace(forward, example, keep), plan(schedule)
-  rings = {ring: _zeros(stage.like[ring], (follow.rows[ring] + 1,)) for ring in RINGS}
-  totals = _zeros(shared, (), jnp.float32), _zeros(layers[0], (len(layers),), jnp.float32)
-  sums = jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), axes), stage.sums)
-  branches = [_branch(cell, stage, shared, layers, microbatches, stage_of, one) for cell in follow.kinds]
+  traced, follow = trace(forwards, example), plan(schedule, roles)
+  rows = {'x': x_like, 'dy': x_like} | traced.rows
+  rings = {ring: _zeros(rows[ring], (follow.rows[ring] + 1,)) for ring in RINGS}
+  operands = lambda slot, x, microbatch, dy: ((shared, layers[slot]), x, microbatch, stage_of[slot], dy, one)
+  of_slot = lambda slot: [stage.run('P', operands(slot, x_like, example[2], x_like), {})[1] for stage in traced.stages]
+  weights = _Weights(shared, layers, [of_slot(slot) for slot in slots])
+  totals = _no_grads(traced, weights, (len(layers),), jnp.float32)
+  sums = jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), axes), traced.sums)
+  branches = [_branch(cell, traced, weights, rows, microbatches, operands) for cell in follow.kinds]
 
   def tick(carry, rows):
-    (total_shared, total_layers), sums, rings = carry
+    totals, sums, rings = carry
     row = _pick(rows, lax.axis_index(AXIS))
-    (d_shared, d_layers), sums, made = lax.switch(row['kind'], branches, sums, rings, row)
-    slot = row['weight_slot']
-    total_layers = _put(total_layers, _add(_pick(total_layers, slot), d_layers), slot)
-    arrived = made | _moved(made, schedule)
-    for ring in RINGS:
-      for slot in range(len(layers)):
+    found, sums, made = lax.switch(row['kind'], branches, sums, rings, row)
+    late, early = (
+      _put(total, _add(_pick(total, row['slot'][kind]), new), row['slot'][kind])
+      for kind, total, new in (('W', totals.late, found.late), ('B', totals.early, found.early))
+    )
+    totals = _Grads(_add(totals.shared, found.shared), late, early)
+    arrived = _moved(made, schedule)
+    for ring in KEPT_BY:
+      rings = rings | {ring: _put(rings[ring], made[ring], row['write'][ring])}
+    for ring in TRAVEL:
+      for slot in slots:
         rings = rings | {ring: _put(rings[ring], arrived[ring][slot], row['write'][ring][slot])}
-    return ((_add(total_shared, d_shared), total_layers), sums, rings), None
+    return (totals, sums, rings), None
 
   (totals, sums, _), _ = lax.scan(tick, (totals, sums, rings), _rows(follow))
-  return Found(totals[0], [_pick(totals[1], slot) for slot in range(len(layers))], sums)
+  return Found(*_trees(totals, traced, weights), sums)
 
 
-def _trace(forward: Callable, example: tuple, keep: bool) -> _Stage:
-  """The stage, cut. Without `keep` nothing of F is taken by B and W, which run it again."""
+def _branch(cell, traced: Traced, weights: _Weights, rows, microbatches, operands: Callable) -> Callable:
+  """(sums, rings, this rank's row of the plan) -> gradients, sums, and what goes into rings, of one kind of cell.
 
-  def whole(w, x, microbatch, stage, dy, one):
-    (y, _), pull, sums = jax.vjp(lambda w, x: forward(w, x, microbatch, stage), w, x, has_aux=True)
-    dw, dx = pull((dy, one))
-    return (y, sums), dx, dw
-
-  program, shapes = jax.make_jaxpr(whole, return_shape=True)(*example)
-  outs = dict(zip('FBW', map(jax.tree.structure, shapes), strict=True))
-  counts = [len(jax.tree.leaves(one)) for one in shapes]
-  ends = itertools.accumulate(counts)
-  F, B, W = (list(range(end - count, end)) for end, count in zip(ends, counts, strict=True))
-  if keep:
-    parts = dict(zip('FBW', cut(program, [F, B, W]), strict=True))
-  else:
-    parts = dict(zip('FBW', [cut(program, [F])[0], *cut(program, [B, W])], strict=True))
-  x_like = example[1]
-  like = {'x': x_like, 'dy': x_like}
-  like |= {ring: [v.aval for v in parts[kind].keeps] for ring, kind in (('kept', 'F'), ('crossed', 'B'))}
-  return _Stage(parts, outs, program.consts, like, shapes[0][1])
-
-
-def _branch(cell, stage: _Stage, shared, layers, microbatches, stage_of, one) -> Callable:
-  """(sums, rings, this rank's row of the plan) -> dw, sums, and a row for each ring and slot, of one kind of cell."""
+  Args:
+    cell: the kind.
+    traced, weights, microbatches: of the pipeline.
+    rows: ring -> types of a row.
+    operands: (slot, x, microbatch, dy) -> those of a stage's parts.
+  """
 
   def run_cell(sums, rings, row):
-    dw = _zeros((shared, layers[0]))
-    made = {ring: [_zeros(stage.like[ring]) for _ in layers] for ring in RINGS}
+    found = _no_grads(traced, weights)
+    made = {ring: _zeros(rows[ring]) for ring in KEPT_BY}
+    made |= {ring: [_zeros(rows[ring]) for _ in weights.layers] for ring in TRAVEL}
     of_cell: dict[int, dict[core.Var, jax.Array]] = {}
-    for i, (kind, slot, which) in enumerate(cell):
-      mine = of_cell.setdefault(which, {})
-      for ring, earlier in (('kept', 'F'), ('crossed', 'B'))[: 'FBW'.index(kind)]:
-        if (earlier, slot, which) not in cell:
-          mine |= dict(zip(stage.parts[earlier].keeps, _pick(rings[ring], row['read'][ring][i]), strict=True))
+    for i, (kind, slot, which, role) in enumerate(cell):
+      stage = traced.stages[role]
+      mine = of_cell.setdefault(which, dict(weights.prepared[slot][role]))
+      for ring, earlier in list(KEPT_BY.items())[: 'FBW'.index(kind)]:
+        if (earlier, slot, which, role) not in cell:
+          mine |= stage.of_row(ring, _pick(rings[ring], row['read'][ring][i]))
       x, dy = (_pick(rings[ring], row['read'][ring][i]) for ring in ('x', 'dy'))
       dy = jnp.where(row['is_last'][i], 0, dy)
-      operands = (shared, layers[slot]), x, _pick(microbatches, row['microbatch'][i]), stage_of[slot], dy, one
-      outs, new = stage.parts[kind].run([*jax.tree.leaves(operands), *stage.constants], mine)
-      outs = stage.outs[kind].unflatten(outs)
+      outs, new = stage.run(kind, operands(slot, x, _pick(microbatches, row['microbatch'][i]), dy), mine)
       mine |= new
-      waiting = vary(list(new.values()), (AXIS,))  # a value that is alike on all ranks is not so in a ring
       if kind == 'F':
-        made['x'][slot], made['kept'][slot] = outs[0], waiting
-        sums = jax.tree.map(jnp.add, sums, outs[1])
+        made['x'][slot], more = traced.outs.unflatten(outs)
+        made['kept'] = stage.row('kept', new, made['kept'])
+        sums = jax.tree.map(jnp.add, sums, more)
       elif kind == 'B':
-        made['dy'][slot], made['crossed'][slot] = outs, waiting
+        made['dy'][slot], *early = outs
+        made['crossed'] = stage.row('crossed', new, made['crossed'])
+        found.early[:] = _take(found, traced, early, True)
       else:
-        dw = outs
-    return dw, sums, made
+        found.late[:] = _take(found, traced, outs, False)
+    return found, sums, made
 
   return run_cell
+
+
+def _take(found: _Grads, traced: Traced, grads: list, early: bool) -> list:
+  """Adds gradients that a part has made to those of `shared`; the others, which are of layers."""
+  shared = [i for i, is_early in enumerate(traced.early[: len(found.shared)]) if is_early == early]
+  for i, grad in zip(shared, grads, strict=False):
+    found.shared[i] = found.shared[i] + grad
+  return grads[len(shared) :]
+
+
+def _no_grads(traced: Traced, weights: _Weights, rows: tuple[int, ...] = (), dtype=None) -> _Grads:
+  """Zeros for what a cell finds, or for totals; `rows` and `dtype` are those of totals."""
+  shared = jax.tree.leaves(weights.shared)
+  of_layers = list(zip(jax.tree.leaves(weights.layers[0]), traced.early[len(shared) :], strict=True))
+  late, early = ([w for w, is_early in of_layers if is_early == which] for which in (False, True))
+  return _Grads(_zeros(shared, (), dtype), _zeros(late, rows, dtype), _zeros(early, rows, dtype))
+
+
+def _trees(totals: _Grads, traced: Traced, weights: _Weights) -> tuple[Any, list]:
+  """Gradients as the weights are laid out: of `shared`, and of each slot's layers."""
+  early, found = traced.early[len(totals.shared) :], []
+  for slot, like in enumerate(weights.layers):
+    left = {False: iter(_pick(totals.late, slot)), True: iter(_pick(totals.early, slot))}
+    found.append(jax.tree.unflatten(jax.tree.structure(like), [next(left[is_early]) for is_early in early]))
+  return jax.tree.unflatten(jax.tree.structure(weights.shared), totals.shared), found
 
 
 def _moved(made: dict, schedule: Schedule) -> dict:

@@ -4,7 +4,7 @@ What one operation makes and a later one needs waits in a ring, a buffer of rows
 it to the last tick that reads it:
 
     x        a stage's input: from the tick in which the stage before made it, to this stage's W
-    dy       the gradient of its output: from the tick of the stage after, to this stage's B
+    dy       the gradient of its output: from the tick of the stage after, to this stage's W
     kept     what F made for B and W
     crossed  what B made for W
 
@@ -13,13 +13,15 @@ share a ring. In a tick, all reads come before all writes. Pure numpy.
 """
 
 import bisect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from moe.parallel.schedule import Cell, Op, Schedule
 
-RINGS = ('x', 'dy', 'kept', 'crossed')
+TRAVEL = ('x', 'dy')  # to other ranks
+RINGS = (*TRAVEL, 'kept', 'crossed')
 Held = tuple[int, int, int]  # rank, slot, microbatch
 
 
@@ -31,9 +33,10 @@ class Plan(NamedTuple):
   kind: [tick, rank], index into kinds.
   microbatch: [tick, rank, operation of the cell]; 0 past its end.
   is_last: whether the operation is of the last stage, whose dy is 0; shape as microbatch.
-  weight_slot: [tick, rank], the slot of the cell's W; 0 if it has none.
+  slot: 'B' and 'W' -> [tick, rank], the slot of the cell's operation of that kind; 0 if it has none.
   read: ring -> row that an operation reads, shape as microbatch.
-  write: ring -> row that the end of a tick writes, [tick, rank, slot]: of x and dy with what arrives from elsewhere.
+  write: ring -> row that the end of a tick writes: of kept and crossed [tick, rank]; of x and dy [tick, rank, slot],
+    with what arrives from elsewhere.
   """
 
   kinds: tuple[tuple, ...]
@@ -41,15 +44,15 @@ class Plan(NamedTuple):
   kind: np.ndarray
   microbatch: np.ndarray
   is_last: np.ndarray
-  weight_slot: np.ndarray
+  slot: dict[str, np.ndarray]
   read: dict[str, np.ndarray]
   write: dict[str, np.ndarray]
 
 
-def kind_of(cell: Cell) -> tuple[tuple[str, int, int], ...]:
-  """What is compiled of a cell: (kind, slot, which of the cell's microbatches) of each operation."""
+def kind_of(cell: Cell, roles: Sequence[int]) -> tuple[tuple[str, int, int, int], ...]:
+  """What is compiled of a cell: (kind, slot, which of the cell's microbatches, role of the slot) of each operation."""
   pairs = list(dict.fromkeys((op.slot, op.microbatch) for op in cell))
-  return tuple((op.kind, op.slot, pairs.index((op.slot, op.microbatch))) for op in cell)
+  return tuple((op.kind, op.slot, pairs.index((op.slot, op.microbatch)), roles[op.slot]) for op in cell)
 
 
 def lifetimes(schedule: Schedule) -> dict[str, dict[Held, tuple[int, int]]]:
@@ -65,7 +68,7 @@ def lifetimes(schedule: Schedule) -> dict[str, dict[Held, tuple[int, int]]]:
       if stage > 0:
         found['x'][held] = at['F'][stage - 1], W
       if stage + 1 < len(path):
-        found['dy'][held] = at['B'][stage + 1], B
+        found['dy'][held] = at['B'][stage + 1], W
       if W > F:
         found['kept'][held] = F, W
       if W > B:
@@ -85,21 +88,22 @@ def _rows_of(lives: dict[Held, tuple[int, int]], ranks: int) -> tuple[dict[Held,
   return row_of, max(map(len, busy_until))
 
 
-def plan(schedule: Schedule) -> Plan:
-  """The schedule as arrays; it must be valid (`moe.parallel.simulate.validate`)."""
+def plan(schedule: Schedule, roles: Sequence[Sequence[int]]) -> Plan:
+  """The schedule as arrays; it must be valid (`moe.parallel.simulate.validate`). `roles`: of each rank's slots."""
   rings = {ring: _rows_of(lives, schedule.ranks) for ring, lives in lifetimes(schedule).items()}
   rows = {ring: length for ring, (_, length) in rings.items()}
-  kinds = tuple(sorted({kind_of(cell) for row in schedule.table for cell in row}))
+  kinds = tuple(sorted({kind_of(cell, roles[rank]) for row in schedule.table for rank, cell in enumerate(row)}))
   slots = 1 + max(slot for path in schedule.paths for _, slot in path)
   ticks, width = (len(schedule.table), schedule.ranks), max(map(len, kinds))
   zeros = lambda *more: np.zeros((*ticks, *more), np.int32)
   found = Plan(
-    kinds, rows, zeros(), zeros(width), zeros(width), zeros(),
-    {ring: zeros(width) + rows[ring] for ring in RINGS}, {ring: zeros(slots) + rows[ring] for ring in RINGS},
+    kinds, rows, zeros(), zeros(width), zeros(width), {kind: zeros() for kind in 'BW'},
+    {ring: zeros(width) + rows[ring] for ring in RINGS},
+    {ring: (zeros(slots) if ring in TRAVEL else zeros()) + rows[ring] for ring in RINGS},
   )  # fmt: skip
   for tick, row in enumerate(schedule.table):
     for rank, cell in enumerate(row):
-      found.kind[tick, rank] = bisect.bisect_left(kinds, kind_of(cell))
+      found.kind[tick, rank] = bisect.bisect_left(kinds, kind_of(cell, roles[rank]))
       for i, op in enumerate(cell):
         _place(found, schedule.paths[op.microbatch], {ring: rings[ring][0] for ring in RINGS}, (tick, rank, i), op)
   return found
@@ -112,11 +116,12 @@ def _place(found: Plan, path, row_of: dict[str, dict[Held, int]], at: tuple[int,
   found.microbatch[at], found.is_last[at] = op.microbatch, stage == len(path) - 1
   for ring in RINGS:
     found.read[ring][at] = row_of[ring].get(held, found.rows[ring])
+  if op.kind in found.slot:
+    found.slot[op.kind][tick, rank] = op.slot
   if op.kind == 'W':
-    found.weight_slot[tick, rank] = op.slot
     return
   stays, travels, to = ('kept', 'x', stage + 1) if op.kind == 'F' else ('crossed', 'dy', stage - 1)
-  found.write[stays][tick, rank, op.slot] = row_of[stays].get(held, found.rows[stays])
+  found.write[stays][tick, rank] = row_of[stays].get(held, found.rows[stays])
   if 0 <= to < len(path):
     rank, slot = path[to]
     found.write[travels][tick, rank, slot] = row_of[travels][rank, slot, op.microbatch]

@@ -2,7 +2,7 @@
 
 A rank holds one or two slots, each a stage of the model, and a microbatch visits (rank, slot) pairs in the order of its
 path. F runs a stage forward, B makes the gradient of its input, W that of its weights. What an operation needs was made
-in an earlier tick, or earlier in its cell; a cell has at most one F and one B per slot, and one W.
+in an earlier tick, or earlier in its cell; a cell has at most one F, one B and one W.
 
     gpipe       all forwards, then all backwards (arXiv 1811.06965)
     1f1b        a forward, then a backward, in turn (arXiv 1806.03377)
@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from moe import validation
 from moe.errors import UserError
 
 
@@ -182,10 +183,8 @@ def _dualpipe(ranks: int, microbatches: int, packed: bool) -> Programs:
     raise UserError(f"'dualpipe' pairs ranks from both ends, so their number must be even, not {ranks}; use dualpipe_v")
   if ranks == 2:
     raise UserError("'dualpipe' on 2 ranks would hold all layers on each, as data parallelism does; use dualpipe_v")
-  if microbatches % 2 or microbatches < 2 * ranks:
-    raise UserError(
-      f"'dualpipe' on {ranks} ranks needs an even number of at least {2 * ranks} microbatches, not {microbatches}"
-    )
+  if microbatches % 2:
+    raise UserError(f"'dualpipe' sends half of the microbatches each way, so their number must be even: {microbatches}")
   half = microbatches // 2
   first_of = ((0, 0), (1, half)), ((1, half), (0, 0))  # (slot, first microbatch), the way that starts nearer first
   programs = [
@@ -196,40 +195,41 @@ def _dualpipe(ranks: int, microbatches: int, packed: bool) -> Programs:
 
 def _dualpipe_v(ranks: int, microbatches: int, packed: bool) -> Programs:
   del packed
-  if microbatches < 2 * ranks:
-    raise UserError(f"'dualpipe_v' on {ranks} ranks needs at least {2 * ranks} microbatches, not {microbatches}")
   programs = [_eight_steps(ranks, rank, ((0, 0), (1, 0)), microbatches) for rank in range(ranks)]
   return (_up(ranks) + _down(ranks),) * microbatches, programs
 
 
 class _Phases:
-  """Cells of a rank of DualPipe, counting the microbatches of its two ways, and the weight gradients that wait."""
+  """Cells of a rank of DualPipe, counting the microbatches of its two ways, and the weight gradients that wait.
 
-  def __init__(self, first_of):
+  A way's microbatches beyond the last have no operations: with few microbatches, cells are left out.
+  """
+
+  def __init__(self, first_of, per_way: int):
     self.cells: list[Cell] = []
     self.waiting: list[Op] = []
-    self._slot = [slot for slot, _ in first_of]
-    self._next = {(kind, way): first for way, (_, first) in enumerate(first_of) for kind in 'FB'}
+    self._ways, self._count = first_of, per_way
+    self._done = {(kind, way): 0 for way in range(len(first_of)) for kind in 'FB'}
 
-  def _op(self, kind, way):
-    self._next[kind, way] += 1
-    return Op(kind, self._slot[way], self._next[kind, way] - 1)
+  def _next(self, kind, way) -> Cell:
+    (slot, first), number = self._ways[way], self._done[kind, way]
+    self._done[kind, way] += 1
+    return (Op(kind, slot, first + number),) if number < self._count else ()
 
   def forward(self, way: int) -> Cell:
-    return (self._op('F', way),)
+    return self._next('F', way)
 
   def backward(self, way: int) -> Cell:
-    op = self._op('B', way)
-    return op, op._replace(kind='W')
+    return tuple(op._replace(kind=kind) for op in self._next('B', way) for kind in 'BW')
 
   def input_gradient(self, way: int) -> Cell:
     """Its weight gradient waits."""
-    op = self._op('B', way)
-    self.waiting.append(op._replace(kind='W'))
-    return (op,)
+    cell = self._next('B', way)
+    self.waiting += [op._replace(kind='W') for op in cell]
+    return cell
 
   def weight_gradient(self) -> Cell:
-    return (self.waiting.pop(0),)
+    return (self.waiting.pop(0),) if self.waiting else ()
 
 
 def _eight_steps(half: int, near: int, first_of, per_way: int) -> list[Cell]:
@@ -239,15 +239,15 @@ def _eight_steps(half: int, near: int, first_of, per_way: int) -> list[Cell]:
     half: ranks from an end to the middle (DualPipe), or all ranks (DualPipeV, folded there).
     near: this rank's distance from its end.
     first_of: (slot, first microbatch) of the way that starts at this end, then of the other.
-    per_way: microbatches of a way.
+    per_way: microbatches of a way. The steps are those of 2 * half of them or more.
   """
-  one, far = _Phases(first_of), half - near - 1
+  one, far = _Phases(first_of, per_way), half - near - 1
   one.cells += [one.forward(0) for _ in range(2 * far)]  # 1
   for _ in range(near + 1):  # 2
     one.cells += [one.forward(0), one.forward(1)]
   for _ in range(far):  # 3
     one.cells += [one.input_gradient(1), one.weight_gradient(), one.forward(1)]
-  for i in range(per_way - 2 * half + near + 1):  # 4
+  for i in range(max(per_way, 2 * half) - 2 * half + near + 1):  # 4
     first_in_the_middle = i == 0 and near == half - 1  # apart, so that the neighbour need not wait for both
     forward, backward = one.forward(0), one.backward(1)
     one.cells += [forward, backward] if first_in_the_middle else [forward + backward]
@@ -257,15 +257,13 @@ def _eight_steps(half: int, near: int, first_of, per_way: int) -> list[Cell]:
   for i in range(2 * (near + 1)):  # 6
     one.cells.append(one.input_gradient(1 - i % 2) if i > near else one.backward(1 - i % 2))
   for _ in range(far):  # 7
-    if one.waiting:
-      one.cells.append(one.weight_gradient())
-    one.cells.append(one.input_gradient(0))
-  return one.cells + [(op,) for op in one.waiting]  # 8
+    one.cells += [one.weight_gradient(), one.input_gradient(0)]
+  return [cell for cell in one.cells if cell] + [(op,) for op in one.waiting]  # 8
 
 
-SCHEDULES: dict[str, Callable[[int, int, bool], Programs]] = {
-  'gpipe': _gpipe, '1f1b': _one_f_one_b, 'zb_h1': _zb_h1, 'dualpipe': _dualpipe, 'dualpipe_v': _dualpipe_v,
-}  # fmt: skip
+SCHEDULES: dict[str, Callable[[int, int, bool], Programs]] = dict(
+  zip(validation.SCHEDULES, (_gpipe, _one_f_one_b, _zb_h1, _dualpipe, _dualpipe_v), strict=True)
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
@@ -293,7 +291,7 @@ def _take(rank: int, before: Cell, cells: list[Cell], done: set, paths) -> Cell:
   if not cells:
     return ()
   whole = before + cells[-1]
-  kinds = [op.kind if op.kind == 'W' else (op.kind, op.slot) for op in whole]
+  kinds = [op.kind for op in whole]
   ready = lambda i, need: need in done or (need[0] == rank and need[1] in whole[:i])
   if len(set(kinds)) < len(kinds) or not all(
     ready(i, need) for i, op in enumerate(whole) for need in needs(op, rank, paths)

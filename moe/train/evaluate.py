@@ -31,7 +31,7 @@ def evaluate(
     eval_step: from `step.make_eval_step`, of this config and mesh.
     state: the parameters, and the bias in `balance`.
     rows: of the validation text.
-    config: model, and batch and microbatches, whose quotient is the sequences at a time.
+    config: model, and batch and microbatches, whose quotient is the sequences at a time, or more for a large mesh.
     mesh: of the state.
     sequences: so many rows, spread over the text, so that each part of it has its weight; 0: all.
     watch: is told what became of each token.
@@ -42,7 +42,7 @@ def evaluate(
     and load_LE; and what `Watch.row` says.
   """
   chosen = rows.spread(sequences)
-  size = config.train.batch_size // config.train.microbatches
+  size = sequences_at_a_time(config, mesh)
   total: dict[str, np.ndarray] = {}
   for batch, out in _one_behind(_results(eval_step, state, rows, chosen, size, mesh)):
     part = jax.device_get({key: out[key] for key in SUMS})
@@ -65,6 +65,12 @@ def evaluate(
   if config.model.mtp_depth:
     result['val_mtp_loss'] = float(nats[1:].mean())
   return result | (watch.row() if watch else {})
+
+
+def sequences_at_a_time(config: Config, mesh) -> int:
+  """Those of a microbatch, and as many more as give each shard of the batch equally many."""
+  shards = mesh.shape['data'] * mesh.shape['expert']
+  return -(-config.train.batch_size // config.train.microbatches // shards) * shards
 
 
 def _results(eval_step, state, rows, chosen, size, mesh) -> Iterator[tuple[np.ndarray, dict]]:

@@ -98,7 +98,8 @@ class Run:
     self.path, self.mesh, self.rows, self.tokenizer = path, device_mesh, rows, tokenizer
     self.batches = Batches(rows['train'], config.train.batch_size, config.train.seed)
     self.train_step = step.make_train_step(self.config, device_mesh)
-    self.eval_step = step.make_eval_step(self.config, device_mesh)
+    self.flat_mesh = mesh.without_pipe(device_mesh)
+    self.eval_step = step.make_eval_step(self.config, self.flat_mesh)
     self.checkpoints = Checkpoints(path, config.checkpoint.keep)
     self.state, self.done, self.tokens, logged = self._start()
     if self.done > config.train.steps:
@@ -196,6 +197,14 @@ class Run:
       run_dir.note_saved(self.path)
       self._noted = True
 
+  def weights(self) -> state.Weights:
+    """Parameters and the rule's state on `flat_mesh`, for evaluation and generation; of a pipeline, copies."""
+    found = state.Weights(self.state.params, self.state.balance)
+    if self.flat_mesh is self.mesh:
+      return found
+    placed = state.shardings(self.config, self.flat_mesh)
+    return jax.jit(lambda found: found, out_shardings=state.Weights(placed.params, placed.balance))(found)
+
   def _save(self):
     self.checkpoints.save(
       self.state,
@@ -245,8 +254,8 @@ class Run:
     """
     rows = self.rows['val']
     watch = experts.Watch(rows, self.config.model, self.tokenizer)
-    batch_size = self.config.train.batch_size // self.config.train.microbatches
-    count = len(rows.spread(sequences))
+    batch_size = evaluate.sequences_at_a_time(self.config, self.flat_mesh)
+    count, weights = len(rows.spread(sequences)), self.weights()
     with progress(0, -(-count // batch_size), 'batch', 'evaluation', leave=False) as bar:
 
       def eval_step(*batch):
@@ -256,7 +265,7 @@ class Run:
         return self.eval_step(*batch)
 
       try:
-        found = evaluate.evaluate(eval_step, self.state, rows, self.config, self.mesh, sequences, watch)
+        found = evaluate.evaluate(eval_step, weights, rows, self.config, self.flat_mesh, sequences, watch)
       except _Stopped:
         return {}, watch
     for key, value in found.items():
@@ -311,6 +320,7 @@ class Run:
     bar.set_postfix_str(
       f'loss {row["loss"]:.3f}, MaxVio {row["max_vio_batch"]:.2f}, {tokens_per_s:,.0f} tokens/s', refresh=False
     )
+    row |= {f'peak_gib/rank{rank}': size / 2**30 for rank, size in mesh.peak_memory(self.mesh).items()}
     row = {'step': done, **row}
     if self.logbook:
       self.logbook.write('metrics', row)

@@ -68,16 +68,22 @@ def count_positions(batch: dict, mtp_depth: int) -> Counts:
   return Counts(routed.astype(jnp.float32), jnp.stack([view.weight_BS.sum() for view in views]).astype(jnp.float32))
 
 
+def count_batch(batch: dict, mtp_depth: int) -> Counts:
+  """Counts over mesh and microbatches of a batch [M, B, S + 1]."""
+  counts = jax.vmap(lambda micro: count_positions(micro, mtp_depth))(batch)
+  return sum_over_mesh(jax.tree.map(lambda count: count.sum(0), counts))
+
+
 class Forward(NamedTuple):
   """What a forward pass finds on this shard.
 
-  nats: summed cross-entropy per distance, [1 + mtp_depth]. router: RouterStats with a row per router, and in them, if
-  config.each_token, what each token was given. nats_BS: then also the next token's cross-entropy, 0 where it does not
-  count; else ().
+  nats: summed cross-entropy per distance, [1 + mtp_depth]. router: RouterStats with a row per router, () for none, and
+  in them, if config.each_token, what each token was given. nats_BS: then also the next token's cross-entropy, 0 where
+  it does not count; else ().
   """
 
   nats: jax.Array
-  router: RouterStats
+  router: RouterStats | tuple
   nats_BS: jax.Array | tuple
 
 
@@ -87,6 +93,24 @@ def forward(model: Transformer, batch: dict, config: Resolved) -> Forward:
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
   h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config)
+  found = predict(model, h_BSD, batch, config)
+  if config.model.mtp_depth:
+    found = found._replace(router=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, found.router))
+  else:
+    found = found._replace(router=stats)
+  return found
+
+
+def predict(model: Transformer, h_BSD: jax.Array, batch: dict, config: Resolved) -> Forward:
+  """What comes after the MoE layers: the head, and the MTP modules, whose routers alone the statistics are of.
+
+  Args:
+    model: parameters as this shard computes with them.
+    h_BSD: hidden states, before the final norm.
+    batch: token_BS, segment_BS [B, S + 1].
+    config: of the modules, and each_token.
+  """
+  segment_BS, main = batch['segment_BS'][:, :-1], targets(batch, 0)
   predicted = model, h_BSD, model.scale_out_D[...], main.target_BS, main.weight_BS
   nats_BS: jax.Array | tuple = ()
   if config.each_token:
@@ -94,15 +118,13 @@ def forward(model: Transformer, batch: dict, config: Resolved) -> Forward:
     nats_BS = jnp.where(main.weight_BS, each_BS, 0)
   else:
     first = transformer.nats(*predicted)
-  nats, mtp_stats = [first], []
+  nats, stats = [first], []
   for depth in range(config.model.mtp_depth):
     view = targets(batch, depth + 1)
     h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config)
-    mtp_stats.append(one)
+    stats.append(one)
     nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
-  if mtp_stats:
-    stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, stack_stats(mtp_stats))
-  return Forward(jnp.stack(nats), stats, nats_BS)
+  return Forward(jnp.stack(nats), stack_stats(stats) if stats else (), nats_BS)
 
 
 def loss(
@@ -110,7 +132,7 @@ def loss(
 ) -> tuple[jax.Array, Sums]:
   """This shard's and microbatch's part of the training loss: summed over mesh and microbatches it is the loss.
 
-  CE mean + mtp_weight / depth * sum of the MTP means (arXiv 2412.19437, equation 25) + auxiliary loss + z-loss.
+  Cross-entropy (`of_predictions`) + auxiliary loss + z-loss.
 
   Args:
     model: parameters as this shard computes with them.
@@ -119,16 +141,21 @@ def loss(
     earlier_load_LE: loads of the step's earlier microbatches on this shard.
     config: mtp_weight, the balance losses' weights and scope, and the model.
   """
-  depth = config.model.mtp_depth
   nats, stats, _ = forward(model, batch, config)
-  means = nats / jnp.maximum(counts.predicted, 1)
+  aux, z = auxiliary(stats, routed_of_routers(counts, config), earlier_load_LE, config)
+  return of_predictions(nats, counts, config) + aux + z, jax.tree.map(lax.stop_gradient, Sums(nats, aux, z, stats))
+
+
+def of_predictions(nats: jax.Array, counts: Counts, config: Resolved) -> jax.Array:
+  """CE mean + mtp_weight / depth * sum of the MTP means (arXiv 2412.19437, equation 25)."""
+  means, depth = nats / jnp.maximum(counts.predicted, 1), config.model.mtp_depth
+  return means[0] + (config.train.mtp_weight / depth * means[1:].sum() if depth else 0.0)
+
+
+def routed_of_routers(counts: Counts, config: Resolved) -> jax.Array:
+  """float32 [num_routers], tokens of the whole batch that each is asked about; 1 where there are none."""
   routed = jnp.maximum(counts.routed, 1)
-  tokens_L = jnp.concatenate([jnp.broadcast_to(routed[:1], (config.model.num_moe_layers,)), routed[1:]])
-  aux, z = auxiliary(stats, tokens_L, earlier_load_LE, config)
-  total = means[0] + aux + z
-  if depth:
-    total = total + config.train.mtp_weight / depth * means[1:].sum()
-  return total, jax.tree.map(lax.stop_gradient, Sums(nats, aux, z, stats))
+  return jnp.concatenate([jnp.broadcast_to(routed[:1], (config.model.num_moe_layers,)), routed[1:]])
 
 
 def sum_over_mesh(tree):

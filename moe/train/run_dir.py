@@ -18,6 +18,7 @@ from moe.errors import UserError
 from moe.files import lock, read_json, sweep_temporaries, write_json
 from moe.ops import attention
 from moe.parallel.mesh import platform_of
+from moe.train import pipelined
 from moe.train.state import count_parameters
 from moe.train.step import resolve
 
@@ -130,6 +131,8 @@ def describe_run(path: pathlib.Path, config: Config, mesh, command: str, step: i
     'attention': attention.implementation(device.platform, resolved.precision.compute),
     'compute': ' + fp8 '.join(filter(None, (resolved.precision.compute, resolved.precision.fp8))),
   }
+  if mesh.shape['pipe'] > 1:
+    runs['pipeline'] = pipelined.describe(resolved, mesh.shape['pipe'])
   start = {'step': step, 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} | here | runs
   changed = _changes(old.get('config', {}), dataclasses.asdict(config)) if old else {}
   start |= {key: value for key, value in (('changed', changed), ('holes', list(holes))) if value}

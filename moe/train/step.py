@@ -16,14 +16,13 @@ from jax.sharding import PartitionSpec as P
 from moe.balance import rules
 from moe.config import Config
 from moe.model import transformer
-from moe.model.parameters import is_float32
 from moe.model.resolve import resolve as resolved_for
 from moe.ops.varying import vary, varying_axes
 from moe.parallel import sharding
-from moe.parallel.mesh import BATCH_AXES
+from moe.parallel.mesh import BATCH_AXES, microbatches
 from moe.parallel.resolved import Resolved
 from moe.train import loss as losses
-from moe.train import state
+from moe.train import pipelined, state, zero
 from moe.train.optimizer import bias_speed, learning_rate, make_optimizer
 from moe.train.state import TrainState
 
@@ -36,6 +35,8 @@ def resolve(config: Config, mesh, platform: str) -> Resolved:
   Raises:
     UserError: a backend or the FP8 policy does not run there.
   """
+  number = microbatches(config, tuple(mesh.shape.values()))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=number))
   return resolved_for(config, mesh.shape['expert'], platform)
 
 
@@ -53,9 +54,10 @@ def make_train_step(config: Resolved, mesh):
   optimizer = make_optimizer(config.optimizer, steps)
   rate, speed = learning_rate(config.optimizer, steps), bias_speed(config.balance, steps)
   placements = sharding.place_tree(transformer.abstract_params(config), mesh)
-  stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
+  stored = sharding.stored(placements)
+  find = pipelined.gradients if mesh.shape['pipe'] > 1 else _gradients
   gradients = jax.shard_map(
-    lambda params, bias_LE, batch: _gradients(params, bias_LE, batch, placements, config),
+    lambda params, bias_LE, batch: find(params, bias_LE, batch, placements, config),
     mesh=mesh,
     in_specs=(stored, P(), BATCH_SPEC),
     out_specs=(stored, P(), P()),
@@ -88,11 +90,11 @@ def make_eval_step(config: Resolved, mesh):
   """
   dropless = dataclasses.replace(config, dropless=True, each_token=True)
   placements = sharding.place_tree(transformer.abstract_params(config), mesh)
-  stored = jax.tree.map(lambda placed: placed.stored, placements, is_leaf=_is_placement)
+  stored = sharding.stored(placements)
 
   def found(params, bias_LE, batch):
     batch = jax.tree.map(lambda a: a[0], batch)
-    model = transformer.build(config, gather_params(params, placements, config), bias_LE)
+    model = transformer.build(config, zero.gather(params, placements, config.precision.compute), bias_LE)
     nats, stats, nats_BS = losses.forward(model, batch, dropless)
     predicted = losses.count_positions(batch, config.model.mtp_depth).predicted
     sums = losses.sum_over_mesh({'nats': nats, 'predicted': predicted, 'load_LE': stats.load_E})
@@ -110,28 +112,10 @@ def make_eval_step(config: Resolved, mesh):
   return jax.jit(eval_step, out_shardings=NamedSharding(mesh, P()))
 
 
-def gather_params(params, placements, config: Config):
-  """Stored shards -> the weights this device computes with, cast before they travel; inside shard_map."""
-  compute = jnp.dtype(config.precision.compute)
-
-  def gather(path, placed, w):
-    w = w if is_float32(path[-1].key) else w.astype(compute)
-    if placed.zero_dim is None:
-      return vary(w, placed.zero_axes)
-    return lax.all_gather(w, placed.zero_axes, axis=placed.zero_dim, tiled=True)
-
-  return jax.tree.map_with_path(gather, placements, params, is_leaf=_is_placement)
-
-
-def _is_placement(node):
-  return isinstance(node, sharding.Placement)
-
-
 def _gradients(params, bias_LE, batch, placements, config: Resolved):
   """Reduce-scattered gradients of the whole batch, its summed statistics and its counts; inside shard_map."""
-  weights = gather_params(params, placements, config)
-  counts = jax.vmap(lambda micro: losses.count_positions(micro, config.model.mtp_depth))(batch)
-  counts = losses.sum_over_mesh(jax.tree.map(lambda count: count.sum(0), counts))
+  weights = zero.gather(params, placements, config.precision.compute)
+  counts = losses.count_batch(batch, config.model.mtp_depth)
 
   def microbatch_loss(weights, micro, earlier_load_LE):
     return losses.loss(transformer.build(config, weights, bias_LE), micro, counts, earlier_load_LE, config)
@@ -154,14 +138,7 @@ def _gradients(params, bias_LE, batch, placements, config: Resolved):
       ),
     )
     (total, sums), _ = lax.scan(add, start, batch)
-
-  def reduce(placed, grad):
-    grad = grad.astype(jnp.float32)
-    if placed.zero_dim is None:
-      return lax.psum(grad, placed.zero_axes)
-    return lax.psum_scatter(grad, placed.zero_axes, scatter_dimension=placed.zero_dim, tiled=True)
-
-  return jax.tree.map(reduce, placements, total, is_leaf=_is_placement), losses.sum_over_mesh(sums), counts
+  return zero.reduce(total, params, placements), losses.sum_over_mesh(sums), counts
 
 
 def _metrics(sums: losses.Sums, counts: losses.Counts, grads, balance, config: Config) -> dict:

@@ -33,7 +33,30 @@ def test_unknown_preset():
 @pytest.mark.parametrize(
   ('overrides', 'shape', 'fragment'),
   [
-    ({}, (2, 1, 1, 1), 'mesh.pipe = 2: pipeline parallelism is not built yet'),
+    ({}, (4, 1, 1, 1), 'mesh.pipe = 4 must be at most the MoE layers of the model, 3'),
+    ({'train.schedule': 'dualpipe'}, (2, 1, 1, 1), "'dualpipe' on 2 ranks would hold all layers on each"),
+    ({'train.schedule': 'dualpipe'}, (3, 1, 1, 1), 'must be even, not 3; use dualpipe_v'),
+    (
+      {'train.schedule': 'dualpipe', 'train.microbatches': 5, 'train.batch_size': 20, 'model.num_layers': 9},
+      (4, 1, 1, 1),
+      'their number must be even: 5',
+    ),
+    (
+      {'train.microbatches': 1},
+      (2, 1, 1, 1),
+      'train.microbatches = 1 is too few for a pipeline of 2 ranks: at least 2',
+    ),
+    ({'train.batch_size': 8}, (2, 1, 8, 1), 'such as 1 x 8 x 2 = 16'),
+    (
+      {'train.schedule': 'dualpipe_v'},
+      (3, 1, 1, 1),
+      '6 stages of a pipeline need at least 4 MoE layers, and the model has 3',
+    ),
+    (
+      {'balance.aux_loss': 'switch', 'balance.aux_scope': 'global_batch'},
+      (2, 1, 1, 1),
+      "balance.aux_scope = 'global_batch' asks for the loads of earlier microbatches",
+    ),
     ({}, (1, 1, 3, 1), 'model.num_experts = 16 must be divisible by the expert axis of the mesh, 3'),
     ({}, (1, 1, 1, 3), 'model.num_heads = 4 must be divisible by the tensor axis of the mesh, 3'),
     ({'model.num_heads': 8, 'model.d_ff': 100}, (1, 1, 1, 8), 'model.d_ff = 100 must be divisible by the tensor axis'),
@@ -70,3 +93,21 @@ def test_make_mesh():
   assert dict(meshes.make_mesh(config).shape) == {'pipe': 1, 'data': 2, 'expert': 4, 'tensor': 2}
   with pytest.raises(UserError, match=r'data 8, expert 2, tensor 2.* needs 32 devices'):
     meshes.make_mesh(dataclasses.replace(config, mesh=MeshConfig(data=8, expert=2, tensor=2)))
+
+
+@pytest.mark.parametrize(
+  ('train', 'shape', 'expected'),
+  [
+    ({}, (1, 2, 4, 1), 1),
+    ({'microbatches': 4}, (1, 1, 1, 1), 4),
+    ({}, (2, 1, 1, 1), 8),
+    ({}, (2, 1, 8, 1), 2),  # two sequences are left for each shard
+    ({'batch_size': 60}, (4, 1, 1, 1), 15),
+    ({'batch_size': 60, 'schedule': 'dualpipe'}, (4, 1, 1, 1), 12),
+    ({'batch_size': 7}, (2, 1, 1, 1), 7),
+  ],
+)
+def test_how_many_microbatches_are_chosen(train, shape, expected):
+  """As many as divide a shard's sequences, up to 4 for each rank of a pipeline."""
+  config = from_config_dict(to_config_dict(Config()), {f'train.{key}': value for key, value in train.items()})
+  assert meshes.microbatches(config, shape) == expected

@@ -11,18 +11,22 @@ from jax.sharding import PartitionSpec as P
 
 from moe.ops.varying import vary
 from moe.parallel import pipeline
-from moe.parallel.cut import cut, equations
+from moe.parallel.cut import LIGHT, cut, equations
 from moe.parallel.mesh import AXES, BATCH_AXES
 from moe.parallel.schedule import SCHEDULES, Times, make
 
 LAYERS, D, F, V, TOKENS = 8, 6, 8, 16, 8  # TOKENS of a microbatch over the whole mesh
 VARYING = ('pipe', *BATCH_AXES)
+SPECS = {'embedding_VD': P(), 'up_LDF': P(None, None, 'tensor'), 'down_LFD': P(None, 'tensor'), 'side_LDD': P()}
 
 
 def layer(w, x_TD, here):
-  """x + tanh(x up) down, and a loss and a count; `here` has the collectives, which are nothing on one device."""
+  """x + tanh(x up) down + sin(x) side, and a loss and a count; `here` has collectives, nothing on one device.
+
+  The gradient of `side` takes that of the layer's output as it comes.
+  """
   y_TD = here['sum'](here['home'](jnp.tanh(here['away'](x_TD) @ w['up_DF'])) @ w['down_FD'])
-  return x_TD + y_TD, 0.1 * (y_TD * y_TD).sum(), (y_TD > 0).sum(dtype=jnp.int32)
+  return x_TD + y_TD + jnp.sin(x_TD) @ w['side_DD'], 0.1 * (y_TD * y_TD).sum(), (y_TD > 0).sum(dtype=jnp.int32)
 
 
 ALONE = dict.fromkeys(('sum', 'home', 'away'), lambda a: a)
@@ -46,7 +50,19 @@ def nats(embedding_VD, x_TD, token_T):
 def parameters():
   rng = np.random.default_rng(0)
   draw = lambda *shape: (rng.normal(size=shape) / 2).astype(np.float32)
-  return {'embedding_VD': draw(V, D), 'up_LDF': draw(LAYERS, D, F), 'down_LFD': draw(LAYERS, F, D)}
+  return {
+    'embedding_VD': draw(V, D),
+    'up_LDF': draw(LAYERS, D, F),
+    'down_LFD': draw(LAYERS, F, D),
+    'side_LDD': draw(LAYERS, D, D) / 4,
+  }
+
+
+STACKED = 'up_LDF', 'down_LFD', 'side_LDD'
+
+
+def one_layer(params, of_stacked):
+  return {name.replace('_L', '_'): of_stacked(params[name]) for name in STACKED}
 
 
 def in_a_row(params, token_MT):
@@ -57,7 +73,7 @@ def in_a_row(params, token_MT):
     for token_T in token_MT:
       x_TD = params['embedding_VD'][token_T]
       for l in range(LAYERS):
-        x_TD, more, count = layer({'up_DF': params['up_LDF'][l], 'down_FD': params['down_LFD'][l]}, x_TD, ALONE)
+        x_TD, more, count = layer(one_layer(params, lambda a, l=l: a[l]), x_TD, ALONE)
         total, counts = total + more, [*counts, count]
       total += nats(params['embedding_VD'], x_TD, token_T)
     return total, jnp.stack(counts).reshape(-1, LAYERS).sum(0)
@@ -80,9 +96,9 @@ def stage_of(w, x_TD, token_T, stage, stages):
   return (x_TD, loss), {'loss': loss, 'count_L': count_L}
 
 
-def pipelined(schedule, keep, mesh):
+def pipelined(schedule, mesh):
   """(params, token_MT) -> loss, gradients and counts on the mesh. Every rank has all layers, and takes its stages'."""
-  tensor = {'embedding_VD': P(), 'up_LDF': P(None, None, 'tensor'), 'down_LFD': P(None, 'tensor')}
+  tensor = SPECS
   each = LAYERS // schedule.stages
   slots = 1 + max(slot for path in schedule.paths for _, slot in path)
   stages = np.array([[schedule.stage_of(rank, slot) for slot in range(slots)] for rank in range(schedule.ranks)])
@@ -95,15 +111,15 @@ def pipelined(schedule, keep, mesh):
     def layers_of(stacked):
       """A tree per slot, of layers."""
       return [
-        [{'up_DF': at(stacked['up_LDF'], first_s[slot] + l), 'down_FD': at(stacked['down_LFD'], first_s[slot] + l)}
-         for l in range(each)]
+        [one_layer(stacked, lambda a, l=l, slot=slot: at(a, first_s[slot] + l)) for l in range(each)]
         for slot in range(slots)
       ]  # fmt: skip
 
-    stacked = {name: params[name] for name in ('up_LDF', 'down_LFD')}
+    stacked = {name: params[name] for name in STACKED}
     x_like = vary(jnp.zeros((token_MT.shape[1], D)), VARYING)
     forward = functools.partial(stage_of, stages=schedule.stages)
-    found = pipeline.run(schedule, forward, params['embedding_VD'], layers_of(stacked), token_MT, x_like, keep)
+    roles = [[0] * slots] * schedule.ranks
+    found = pipeline.run(schedule, [forward], roles, params['embedding_VD'], layers_of(stacked), token_MT, x_like)
     (grads,) = jax.linear_transpose(layers_of, stacked)(found.layers)
     grads |= {'embedding_VD': found.shared}
     over_all = lambda tree: lax.psum(tree, VARYING)
@@ -124,22 +140,22 @@ def close(actual, expected, tolerance=1e-5):
   assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
 
 
-CASES = [(name, 4, {}, 8, True) for name in SCHEDULES]
+CASES = [(name, 4, {}, 8) for name in SCHEDULES]
 CASES += [
-  ('zb_h1', 4, {'tensor': 2}, 5, True),
-  ('dualpipe_v', 2, {'expert': 2, 'data': 2}, 5, True),
-  ('dualpipe_v', 2, {'expert': 2, 'tensor': 2}, 4, False),
-  ('1f1b', 2, {'expert': 8}, 3, False),
+  ('zb_h1', 4, {'tensor': 2}, 5),
+  ('dualpipe_v', 2, {'expert': 2, 'data': 2}, 5),
+  ('dualpipe_v', 2, {'expert': 2, 'tensor': 2}, 3),
+  ('1f1b', 2, {'expert': 8}, 3),
 ]
 
 
-@pytest.mark.parametrize(('name', 'pipe', 'sizes', 'microbatches', 'keep'), CASES)
-def test_equals_the_stages_in_a_row(name, pipe, sizes, microbatches, keep):
+@pytest.mark.parametrize(('name', 'pipe', 'sizes', 'microbatches'), CASES)
+def test_equals_the_stages_in_a_row(name, pipe, sizes, microbatches):
   params = parameters()
   tokens = TOKENS * 8
   token_MT = np.random.default_rng(1).integers(0, V, (microbatches, tokens)).astype(np.int32)
   schedule = make(name, pipe, microbatches, Times())
-  loss, grads, count_L = pipelined(schedule, keep, mesh_with(pipe, **sizes))(params, token_MT)
+  loss, grads, count_L = pipelined(schedule, mesh_with(pipe, **sizes))(params, token_MT)
   expected_loss, expected, expected_L = jax.jit(in_a_row)(params, token_MT)
   close(loss, expected_loss, 1e-6)
   for name in params:
@@ -148,12 +164,12 @@ def test_equals_the_stages_in_a_row(name, pipe, sizes, microbatches, keep):
 
 
 def test_nothing_is_computed_twice():
-  """The parts' equations are the whole's; only what is alike on all ranks is made again. W has no collective."""
+  """The parts' equations are the whole's; what is alike on all ranks, or light, is made again. W has no collective."""
   mesh, parts = mesh_with(2, expert=2, tensor=2), []
 
   def local(params, token_T):
     params = vary(params, VARYING)
-    layers = [{'up_DF': params['up_LDF'][l], 'down_FD': params['down_LFD'][l]} for l in range(2)]
+    layers = [one_layer(params, lambda a, l=l: a[l]) for l in range(2)]
     x_TD, stage = vary(jnp.zeros((len(token_T), D)), VARYING), lax.axis_index('pipe')
 
     def whole(layers, x_TD, dy_TD):
@@ -164,19 +180,20 @@ def test_nothing_is_computed_twice():
 
     program, shapes = jax.make_jaxpr(whole, return_shape=True)(layers, x_TD, x_TD)
     ends = np.cumsum([len(jax.tree.leaves(shape)) for shape in shapes])
-    parts.extend([program, *cut(program, [range(ends[0]), range(ends[0], ends[1]), range(ends[1], ends[2])])])
+    parts.extend([program, *cut(program, [range(ends[0]), range(ends[0], ends[1]), range(ends[1], ends[2])])[1:]])
     return x_TD
 
-  specs = {'embedding_VD': P(), 'up_LDF': P(None, None, 'tensor'), 'down_LFD': P(None, 'tensor')}
-  run = jax.shard_map(local, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(('pipe', *BATCH_AXES)))
+  run = jax.shard_map(local, mesh=mesh, in_specs=(SPECS, P(BATCH_AXES)), out_specs=P(('pipe', *BATCH_AXES)))
   jax.eval_shape(run, parameters(), jnp.zeros(16, jnp.int32))
   program, *of = parts
   varies = lambda part: [
-    e for e in part.jaxpr.eqns if any('pipe' in v.aval.manual_axis_type.varying for v in e.outvars)
+    e
+    for e in part.jaxpr.eqns
+    if e.primitive.name not in LIGHT and any('pipe' in v.aval.manual_axis_type.varying for v in e.outvars)
   ]
   assert sum(len(varies(part)) for part in of) <= len(varies(program))  # less what no output needs
   products = lambda part: sum(e.primitive.name == 'dot_general' for e in equations(part.jaxpr))
-  assert [products(part) for part in of] == [4 + 1, 1 + 4, 4]  # of the layers, and the head's two
+  assert [products(part) for part in of] == [6 + 1, 1 + 6, 6]  # of the layers, and the head's two
   assert sum(map(products, of)) == products(program)
   assert not [e for e in equations(of[2].jaxpr) if e.primitive.name in ('psum', 'psum_invariant', 'all_to_all')]
   assert of[0].takes == ()
@@ -189,7 +206,7 @@ def test_a_collective_over_the_pipeline_is_refused():
   def local(w_DD, x_MTD):
     summed = lambda w, x_TD: vary(lax.psum(x_TD @ w[1], 'pipe'), ('pipe',))
     forward = lambda w, x_TD, _, stage: ((summed(w, x_TD), (x_TD @ w[1]).sum()), stage)
-    return pipeline.run(schedule, forward, w_DD, [w_DD], x_MTD, vary(x_MTD[0], VARYING)).shared
+    return pipeline.run(schedule, [forward], [[0], [0]], w_DD, [w_DD], x_MTD, vary(x_MTD[0], VARYING)).shared
 
   run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, BATCH_AXES)), out_specs=P('pipe'))
   with pytest.raises(ValueError, match=r"collectives over 'pipe': .*psum"):

@@ -15,11 +15,15 @@ CASES = [
 CASES += [('gpipe', 2, 1, None), ('1f1b', 2, 3, Times()), ('dualpipe_v', 2, 5, Times()), ('zb_h1', 3, 2, None)]
 
 
+def one_role(schedule):
+  return [[0, 0]] * schedule.ranks
+
+
 @pytest.mark.parametrize(('name', 'ranks', 'microbatches', 'times'), CASES)
 def test_the_arrays_alone_carry_each_value_to_who_needs_it(name, ranks, microbatches, times):
   """A loop as the executor's, over names of values: (kind that made it, stage, microbatch)."""
   schedule = make(name, ranks, microbatches, times)
-  found = plan(schedule)
+  found = plan(schedule, one_role(schedule))
   stages = schedule.stages
   rings = [{ring: [None] * (found.rows[ring] + 1) for ring in RINGS} for _ in range(ranks)]
   done = set()
@@ -27,38 +31,39 @@ def test_the_arrays_alone_carry_each_value_to_who_needs_it(name, ranks, microbat
     arriving = [[] for _ in range(ranks)]
     for rank in range(ranks):
       made = {}
-      for i, (kind, slot, which) in enumerate(found.kinds[found.kind[tick, rank]]):
+      for i, (kind, slot, which, _) in enumerate(found.kinds[found.kind[tick, rank]]):
         at, stage = (tick, rank, i), schedule.stage_of(rank, slot)
         microbatch = int(found.microbatch[at])
         value = lambda ring: rings[rank][ring][found.read[ring][at]]  # noqa: B023
         assert found.is_last[at] == (stage == stages - 1)
         if stage:
           assert value('x') == ('F', stage - 1, microbatch)
-        if kind == 'B' and stage < stages - 1:
+        if kind in 'BW' and stage < stages - 1:
           assert value('dy') == ('B', stage + 1, microbatch)
         if kind in 'BW' and ('F', which) not in made:
           assert value('kept') == ('F', stage, microbatch)
         if kind == 'W':
-          assert found.weight_slot[tick, rank] == slot
+          assert found.slot['W'][tick, rank] == slot
           assert ('B', which) in made or value('crossed') == ('B', stage, microbatch)
         else:
           made[kind, which] = stage
+          assert kind == 'F' or found.slot['B'][tick, rank] == slot
           stays, travels, to = ('kept', 'x', stage + 1) if kind == 'F' else ('crossed', 'dy', stage - 1)
-          arriving[rank].append((stays, slot, (kind, stage, microbatch)))
+          arriving[rank].append((found.write[stays][tick, rank], stays, (kind, stage, microbatch)))
           if 0 <= to < stages:
             there, its_slot = schedule.paths[microbatch][to]
-            arriving[there].append((travels, its_slot, (kind, stage, microbatch)))
+            arriving[there].append((found.write[travels][tick, there, its_slot], travels, (kind, stage, microbatch)))
         done.add((kind, stage, microbatch))
     for rank in range(ranks):
-      for ring, slot, value in arriving[rank]:
-        rings[rank][ring][found.write[ring][tick, rank, slot]] = value
+      for row, ring, value in arriving[rank]:
+        rings[rank][ring][row] = value
   assert len(done) == 3 * stages * microbatches
 
 
 @pytest.mark.parametrize(('name', 'ranks', 'microbatches', 'times'), CASES)
 def test_rings_are_no_longer_than_the_table_needs(name, ranks, microbatches, times):
   schedule = make(name, ranks, microbatches, times)
-  found = plan(schedule)
+  found = plan(schedule, one_role(schedule))
   for ring, lives in lifetimes(schedule).items():
     at_once = [
       sum(first < tick <= last for (rank, *_), (first, last) in lives.items() if rank == mine)
@@ -73,9 +78,11 @@ def test_rings_are_no_longer_than_the_table_needs(name, ranks, microbatches, tim
 
 def test_what_is_compiled_does_not_grow_with_microbatches():
   for name in SCHEDULES:
-    few, many = (len(plan(make(name, 4, count, Times())).kinds) for count in (16, 48))
+    few, many = (
+      len(plan(made, one_role(made)).kinds) for made in (make(name, 4, count, Times()) for count in (16, 48))
+    )
     assert few == many <= 12
   schedule = make('dualpipe', 4, 8)
-  assert kind_of(schedule.table[0][0]) == (('F', 0, 0),)
-  beside = kind_of(next(cell for row in schedule.table for cell in row if len(cell) == 3))
-  assert beside == (('F', 0, 0), ('B', 1, 1), ('W', 1, 1))  # the backward is of another microbatch
+  assert kind_of(schedule.table[0][0], [5, 7]) == (('F', 0, 0, 5),)
+  beside = kind_of(next(cell for row in schedule.table for cell in row if len(cell) == 3), [5, 7])
+  assert beside == (('F', 0, 0, 5), ('B', 1, 1, 7), ('W', 1, 1, 7))  # the backward is of another microbatch

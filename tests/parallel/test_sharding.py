@@ -15,7 +15,7 @@ from moe.errors import UserError
 from moe.model import transformer
 from moe.parallel import sharding
 from moe.parallel.mesh import abstract_mesh
-from moe.train import step
+from moe.train import zero
 
 SIZES = {'pipe': 1, 'data': 2, 'expert': 4, 'tensor': 2}
 BATCH = ('data', 'expert')
@@ -166,7 +166,7 @@ def test_every_device_computes_with_the_gathered_weights(mesh_of, tiny):
   spec_of = lambda attribute: jax.tree.map(attribute, placements, is_leaf=lambda p: isinstance(p, sharding.Placement))
   stored = spec_of(lambda placed: placed.stored)
   gather = jax.shard_map(
-    lambda shards: jax.tree.map(lambda w: w[None], step.gather_params(shards, placements, config)),
+    lambda shards: jax.tree.map(lambda w: w[None], zero.gather(shards, placements, config.precision.compute)),
     mesh=mesh,
     in_specs=(stored,),
     out_specs=spec_of(lambda placed: P(placed.zero_axes, *placed.compute)),
