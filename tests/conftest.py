@@ -35,7 +35,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 LONG = (
   'train/test_train.py', 'test_lowering.py', 'inference/test_generate.py', 'commands/test_generate_cli.py',
   'sweep/test_ablate.py', 'train/test_train_again.py', 'test_notebooks.py', 'bench/test_bench.py',
-  'train/test_step_mesh.py', 'train/test_step.py', 'test_fuzz.py',
+  'train/test_step_mesh.py', 'train/test_pipelined.py', 'train/test_step.py', 'test_fuzz.py',
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from jax.extend import core
 
 from moe.ops.varying import vary, varying_axes
 from moe.parallel.cut import AXIS
-from moe.parallel.rings import RINGS, TRAVEL, Plan, plan
+from moe.parallel.rings import TRAVEL, Plan, plan
 from moe.parallel.schedule import Schedule
 from moe.parallel.traced import KEPT_BY, Traced, trace
 
@@ -86,8 +86,8 @@ def run(
   one = vary(jnp.ones(()), axes)
   example = (shared, layers[0]), x_like, _pick(microbatches, 0), stage_of[0], x_like, one
   traced, follow = trace(forwards, example), plan(schedule, roles)
-  rows = {'x': x_like, 'dy': x_like} | traced.rows
-  rings = {ring: _zeros(rows[ring], (follow.rows[ring] + 1,)) for ring in RINGS}
+  rows = {'x': x_like, 'dy': x_like} | {ring: row for ring, row in traced.rows.items() if follow.rows[ring]}
+  rings = {ring: _zeros(row, (follow.rows[ring] + 1,)) for ring, row in rows.items()}
   operands = lambda slot, x, microbatch, dy: ((shared, layers[slot]), x, microbatch, stage_of[slot], dy, one)
   of_slot = lambda slot: [stage.run('P', operands(slot, x_like, example[2], x_like), {})[1] for stage in traced.stages]
   weights = _Weights(shared, layers, [of_slot(slot) for slot in slots])
@@ -95,21 +95,22 @@ def run(
   sums = jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), axes), traced.sums)
   branches = [_branch(cell, traced, weights, rows, microbatches, operands) for cell in follow.kinds]
 
-  def tick(carry, rows):
+  def tick(carry, of_ranks):
     totals, sums, rings = carry
-    row = _pick(rows, lax.axis_index(AXIS))
+    row = _pick(of_ranks, lax.axis_index(AXIS))
     found, sums, made = lax.switch(row['kind'], branches, sums, rings, row)
     late, early = (
       _put(total, _add(_pick(total, row['slot'][kind]), new), row['slot'][kind])
       for kind, total, new in (('W', totals.late, found.late), ('B', totals.early, found.early))
     )
     totals = _Grads(_add(totals.shared, found.shared), late, early)
-    arrived = _moved(made, schedule)
-    for ring in KEPT_BY:
-      rings = rings | {ring: _put(rings[ring], made[ring], row['write'][ring])}
-    for ring in TRAVEL:
-      for slot in slots:
-        rings = rings | {ring: _put(rings[ring], arrived[ring][slot], row['write'][ring][slot])}
+    made |= _moved(made, schedule)
+    for ring in rows:
+      writes = (
+        zip(made[ring], row['write'][ring], strict=True) if ring in TRAVEL else [(made[ring], row['write'][ring])]
+      )
+      for values, at in writes:
+        rings = rings | {ring: _put(rings[ring], values, at)}
     return (totals, sums, rings), None
 
   (totals, sums, _), _ = lax.scan(tick, (totals, sums, rings), _rows(follow))
@@ -122,14 +123,15 @@ def _branch(cell, traced: Traced, weights: _Weights, rows, microbatches, operand
   Args:
     cell: the kind.
     traced, weights, microbatches: of the pipeline.
-    rows: ring -> types of a row.
+    rows: ring -> types of a row, of rings in which anything waits.
     operands: (slot, x, microbatch, dy) -> those of a stage's parts.
   """
 
   def run_cell(sums, rings, row):
     found = _no_grads(traced, weights)
-    made = {ring: _zeros(rows[ring]) for ring in KEPT_BY}
-    made |= {ring: [_zeros(rows[ring]) for _ in weights.layers] for ring in TRAVEL}
+    made = {
+      ring: [_zeros(row) for _ in weights.layers] if ring in TRAVEL else _zeros(row) for ring, row in rows.items()
+    }
     of_cell: dict[int, dict[core.Var, jax.Array]] = {}
     for i, (kind, slot, which, role) in enumerate(cell):
       stage = traced.stages[role]
@@ -141,13 +143,14 @@ def _branch(cell, traced: Traced, weights: _Weights, rows, microbatches, operand
       dy = jnp.where(row['is_last'][i], 0, dy)
       outs, new = stage.run(kind, operands(slot, x, _pick(microbatches, row['microbatch'][i]), dy), mine)
       mine |= new
+      for ring in KEPT_BY:
+        if KEPT_BY[ring] == kind and ring in rows:
+          made[ring] = stage.row(ring, new, made[ring])
       if kind == 'F':
         made['x'][slot], more = traced.outs.unflatten(outs)
-        made['kept'] = stage.row('kept', new, made['kept'])
         sums = jax.tree.map(jnp.add, sums, more)
       elif kind == 'B':
         made['dy'][slot], *early = outs
-        made['crossed'] = stage.row('crossed', new, made['crossed'])
         found.early[:] = _take(found, traced, early, True)
       else:
         found.late[:] = _take(found, traced, outs, False)

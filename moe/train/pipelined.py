@@ -52,7 +52,7 @@ def describe(config: Config, ranks: int) -> str:
   layers = ' + '.join(map(str, stages.counts))
   return (
     f'{schedule.name} of {schedule.stages} stages with {layers} MoE layers, {config.train.microbatches} microbatches; '
-    f'of a step, a rank waits {waits / (waits + busy):.0%}, and keeps {max(simulate.most_held(schedule))} forward passes'
+    f'a rank waits {waits / (waits + busy):.0%} of a step and keeps {max(simulate.most_held(schedule))} forward passes'
   )
 
 
