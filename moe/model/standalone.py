@@ -25,7 +25,7 @@ from moe.balance import losses, rules
 from moe.balance.stats import RouterStats
 from moe.config import KINDS, BalanceConfig, Config, ModelConfig, PrecisionConfig, from_config_dict, nearest
 from moe.errors import UserError
-from moe.model import layer
+from moe.model import layer, layer_inputs
 from moe.model.parameters import Init, is_float32
 from moe.model.resolve import resolve
 from moe.parallel.mesh import platform_of_device
@@ -35,7 +35,7 @@ SECTIONS = {'model': ModelConfig, 'balance': BalanceConfig, 'precision': Precisi
 
 
 class Stats(NamedTuple):
-  """What a call of the layer counts, over all shards; calls of one optimizer step (microbatches) add up.
+  """What a call of the layer counts, over all shards; calls of one optimizer step (microbatches) add up, by + or `sum`.
 
   load_E: int32 assignments per expert, of unmasked tokens, before dropping. dropped: int32 assignments over capacity.
   tokens: int32 unmasked tokens. loss: float32, the configured auxiliary loss and z-loss, weighted, to be added to the
@@ -49,6 +49,12 @@ class Stats(NamedTuple):
   loss: jax.Array
   entropy_sum: jax.Array
   statistic: jax.Array
+
+  def __add__(self, other: 'Stats') -> 'Stats':  # type: ignore[override]  # a tuple's would join them
+    return jax.tree.map(jnp.add, self, other)
+
+  def __radd__(self, other) -> 'Stats':
+    return self + other if isinstance(other, Stats) else self  # `sum` begins with 0
 
 
 class MoE:
@@ -65,7 +71,8 @@ class MoE:
       d_model, d_expert, num_experts, top_k, num_shared_experts, capacity_factor, bias_rule, aux_loss, compute, fp8, ...
 
   Raises:
-    UserError: an unknown setting, what cannot run together, an axis that the mesh has not, or that does not divide.
+    UserError: an unknown setting, what cannot run together, an axis that the mesh has not, that is named twice, or that
+      does not divide.
   """
 
   def __init__(
@@ -141,8 +148,15 @@ class MoE:
 
     Returns:
       y_BSD in precision.compute, to be added to the residual stream; `Stats`.
+
+    Raises:
+      UserError: arrays of other shapes or kinds than these, such as parameters that are not this shard's.
     """
-    mask_BS = jnp.ones(x_BSD.shape[:2], bool) if mask_BS is None else mask_BS
+    B, S, _ = layer_inputs.shape_of_x(x_BSD, self.config.model.d_model)
+    mask_BS = jnp.ones((B, S), bool) if mask_BS is None else mask_BS
+    layer_inputs.check('mask_BS', mask_BS, (B, S), bool)
+    layer_inputs.check('bias_E', bias_E, (self.config.model.num_experts,), float)
+    layer_inputs.check_tree('params', params, self._shapes(), 'init()')
     config = dataclasses.replace(self.config, dropless=dropless)
     run = functools.partial(self._local, config)
     if self.mesh is not None:
@@ -161,8 +175,17 @@ class MoE:
     Args:
       balance: as from `init_balance`.
       gamma: speed of this step, at most the setting gamma, which it is if None.
+
+    Raises:
+      UserError: the state or the statistics are of another layer.
     """
     settings = self.config.balance
+    layer_inputs.check_tree('balance', balance, jax.eval_shape(self.init_balance), 'init_balance()')
+    if not isinstance(stats, Stats):
+      raise UserError(f'stats must be the Stats that apply returns second, not {type(stats).__name__}')
+    layer_inputs.check('stats.load_E', stats.load_E, (self.config.model.num_experts,), int)
+    if isinstance(gamma, int | float) and not 0 <= gamma < math.inf:
+      raise UserError(f'gamma = {gamma!r} must be 0 or more')
     state = {f'{name[:-1]}LE': value[None] for name, value in balance.items()}
     speed = jnp.float32(settings.gamma if gamma is None else gamma)
     return _without_layers(rules.update(state, stats.load_E[None], stats.statistic[None], speed, settings))
@@ -170,6 +193,20 @@ class MoE:
   def _abstract(self):
     """The module's graph, and its parameters' shapes."""
     return nnx.split(nnx.eval_shape(lambda: self.module(nnx.Rngs(0))))
+
+  def _shapes(self) -> dict:
+    """Of the parameters where `apply` is called: whole, or inside the caller's own shard_map a shard's."""
+    shapes = nnx.to_pure_dict(self._abstract()[1])
+    if self.mesh is not None:
+      return shapes
+    try:
+      sizes = {axis: lax.axis_size(axis) for axis in (*self.config.axes.batch, self.config.axes.tensor) if axis}
+    except NameError as error:
+      raise UserError(
+        f'this MoE layer was given names of axes and no mesh=..., so apply belongs inside shard_map: {error}'
+      ) from error
+    shard = lambda a, spec: [size // sizes.get(axis, 1) for size, axis in zip(a.shape, spec, strict=True)]
+    return jax.tree.map(lambda a, spec: jax.ShapeDtypeStruct(shard(a, spec), a.dtype), shapes, self.specs())
 
   def _local(self, config: Resolved, params, bias_E, x_BSD, mask_BS):
     """`apply` for one shard."""
@@ -217,6 +254,11 @@ def _config(settings: dict) -> Config:
 
 def _resolve(config: Config, axes: Axes, mesh: Mesh | None) -> Resolved:
   """With every 'auto' replaced, and what the mesh cannot divide refused."""
+  named = [axis for axis in (*axes.batch, axes.tensor) if axis]
+  if bad := [axis for axis in [*named, axes.expert] if axis is not None and not isinstance(axis, str)]:
+    raise UserError(f'{bad[0]!r} must be the name of one axis of the mesh')
+  if twice := [axis for axis in named if named.count(axis) > 1]:
+    raise UserError(f'axis {twice[0]!r} is named twice, and can divide one thing only: batch and experts, or tensor')
   sizes = dict(mesh.shape) if mesh is not None else {}
   for name in [*axes.batch, axes.expert, axes.tensor]:
     if name and mesh is not None and name not in sizes:

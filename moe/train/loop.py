@@ -297,6 +297,8 @@ class Run:
       last = self.checkpoints.latest()
       good = f'the last good checkpoint is step {last} in {self.checkpoints.path}' if last else 'no checkpoint yet'
       raise UserError(f'step {done}: loss {row["total_loss"]}, gradient norm {row["grad_norm"]}: not finite; {good}')
+    if not (math.isfinite(row['bias_min']) and math.isfinite(row['bias_max'])):
+      raise UserError(f'step {done}: bias rule {self.config.balance.bias_rule!r} gave a bias that is not finite')
     bar.set_postfix_str(f'loss {row["loss"]:.3f}', refresh=False)
     bar.update()
     last = done == self.config.train.steps
