@@ -12,12 +12,12 @@ KINDS = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}
 
 def shape_of_x(x_BSD, d_model: int) -> tuple[int, int, int]:
   """Raises UserError unless x is real numbers, [B, S, D], and there are some."""
-  shape, dtype = getattr(x_BSD, 'shape', None), getattr(x_BSD, 'dtype', None)
+  shape = getattr(x_BSD, 'shape', None)
   if shape is None or len(shape) != 3 or shape[-1] != d_model or 0 in shape:
     what = f'an array of shape {shape}' if shape is not None else type(x_BSD).__name__
     raise UserError(f'x_BSD must be an array [B, S, {d_model}] with B and S at least 1, not {what}')
-  if jnp.issubdtype(dtype, jnp.complexfloating) or jnp.issubdtype(dtype, jnp.bool_):
-    raise UserError(f'x_BSD must be real numbers, not {dtype}')
+  if any(jnp.issubdtype(x_BSD.dtype, kind) for kind in (jnp.complexfloating, jnp.bool_)):
+    raise UserError(f'x_BSD must be real numbers, not {x_BSD.dtype}')
   return shape
 
 

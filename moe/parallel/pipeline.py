@@ -90,7 +90,7 @@ def run(
   rings = {ring: _zeros(row, (follow.rows[ring] + 1,)) for ring, row in rows.items()}
   operands = lambda slot, x, microbatch, dy: ((shared, layers[slot]), x, microbatch, stage_of[slot], dy, one)
   of_slot = lambda slot: [stage.run('P', operands(slot, x_like, example[2], x_like), {})[1] for stage in traced.stages]
-  weights = _Weights(shared, layers, [of_slot(slot) for slot in slots])
+  weights = _Weights(shared, list(layers), [of_slot(slot) for slot in slots])
   totals = _no_grads(traced, weights, (len(layers),), jnp.float32)
   sums = jax.tree.map(lambda a: vary(jnp.zeros(a.shape, a.dtype), axes), traced.sums)
   branches = [_branch(cell, traced, weights, rows, microbatches, operands) for cell in follow.kinds]

@@ -77,13 +77,21 @@ def count_batch(batch: dict, mtp_depth: int) -> Counts:
 class Forward(NamedTuple):
   """What a forward pass finds on this shard.
 
-  nats: summed cross-entropy per distance, [1 + mtp_depth]. router: RouterStats with a row per router, () for none, and
-  in them, if config.each_token, what each token was given. nats_BS: then also the next token's cross-entropy, 0 where
+  nats: summed cross-entropy per distance, [1 + mtp_depth]. router: RouterStats with a row per router, and in them, if
+  config.each_token, what each token was given. nats_BS: then also the next token's cross-entropy, 0 where
   it does not count; else ().
   """
 
   nats: jax.Array
-  router: RouterStats | tuple
+  router: RouterStats
+  nats_BS: jax.Array | tuple
+
+
+class Predicted(NamedTuple):
+  """What comes after the MoE layers; nats and nats_BS as of `Forward`, mtp the statistics of the MTP modules' routers."""
+
+  nats: jax.Array
+  mtp: RouterStats | None
   nats_BS: jax.Array | tuple
 
 
@@ -93,16 +101,14 @@ def forward(model: Transformer, batch: dict, config: Resolved) -> Forward:
   main = targets(batch, 0)
   x_BSD = transformer.embed(model, main.input_BS, segment_BS, config)
   h_BSD, stats = transformer.stack(model, x_BSD, segment_BS, main.mask_BS, config)
-  found = predict(model, h_BSD, batch, config)
-  if config.model.mtp_depth:
-    found = found._replace(router=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, found.router))
-  else:
-    found = found._replace(router=stats)
-  return found
+  nats, of_mtp, nats_BS = predict(model, h_BSD, batch, config)
+  if of_mtp is not None:
+    stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, of_mtp)
+  return Forward(nats, stats, nats_BS)
 
 
-def predict(model: Transformer, h_BSD: jax.Array, batch: dict, config: Resolved) -> Forward:
-  """What comes after the MoE layers: the head, and the MTP modules, whose routers alone the statistics are of.
+def predict(model: Transformer, h_BSD: jax.Array, batch: dict, config: Resolved) -> Predicted:
+  """What comes after the MoE layers: the head, and the MTP modules.
 
   Args:
     model: parameters as this shard computes with them.
@@ -124,7 +130,7 @@ def predict(model: Transformer, h_BSD: jax.Array, batch: dict, config: Resolved)
     h_BSD, one = transformer.mtp_hidden(model, depth, h_BSD, view.input_BS, segment_BS, view.mask_BS, config)
     stats.append(one)
     nats.append(transformer.nats(model, h_BSD, model.mtp[depth].scale_out_D[...], view.target_BS, view.weight_BS))
-  return Forward(jnp.stack(nats), stack_stats(stats) if stats else (), nats_BS)
+  return Predicted(jnp.stack(nats), stack_stats(stats) if stats else None, nats_BS)
 
 
 def loss(

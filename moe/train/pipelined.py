@@ -115,7 +115,7 @@ def _stage(role: Role, bias_LE, counts: losses.Counts, stages: Stages, config: R
     if role.last:
       nats, of_mtp, _ = losses.predict(model, x_BSD, batch, config)
       loss = losses.of_predictions(nats, counts, config)
-      if config.model.mtp_depth:
+      if of_mtp is not None:
         moe = config.model.num_moe_layers
         more_aux, more_z = auxiliary(of_mtp, routed_L[moe:], jnp.zeros_like(of_mtp.load_E), config)
         aux, z = aux + more_aux, z + more_z
