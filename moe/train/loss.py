@@ -88,7 +88,7 @@ class Forward(NamedTuple):
 
 
 class Predicted(NamedTuple):
-  """What comes after the MoE layers; nats and nats_BS as of `Forward`, mtp the statistics of the MTP modules' routers."""
+  """What comes after the MoE layers: nats and nats_BS as of `Forward`; mtp: statistics of the MTP modules' routers."""
 
   nats: jax.Array
   mtp: RouterStats | None
