@@ -5,7 +5,7 @@ axis more than its suffix, the layers `L`, in front. Masters and moments are sha
 (ZeRO-1, arXiv 1910.02054): expert parameters over `data`, the others over `data` and `expert` together, on the first
 free dimension that divides, never L; and in a pipeline over `pipe` as well, on that dimension if it divides, else on
 another. What a rank of a pipeline computes with, the layers of its stages, comes together from there once a step
-(`moe.parallel.zero`), whichever schedule it is.
+(`moe.train.zero`), whichever schedule it is.
 """
 
 import math
