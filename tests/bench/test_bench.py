@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
+import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from processes import script
+from processes import environment
 
 from configs import h200
 from moe.bench import fp8, gemm, generate, layer, peers, profile, rows, scaling, speculate, timing
@@ -22,6 +24,7 @@ from moe.parallel.mesh import make_mesh
 from moe.train import state
 from moe.train.step import resolve
 
+EXPERIMENTS = pathlib.Path(__file__).resolve().parents[2] / 'experiments'
 SHAPE = layer.Shape(D=32, F=16, E=4, K=2, T=64)
 GEMM_SHAPE = gemm.Shape(M=64, D=128, F=128, E=4)
 
@@ -255,10 +258,12 @@ def test_top_kernels_counts_calls():
   ('path', 'message'),
   [('found.png', 'must end in .json'), ('nowhere/found.json', "no folder 'nowhere'")],
 )
-def test_where_nothing_can_be_written_nothing_is_measured(path, message, monkeypatch):
-  monkeypatch.setattr(gemm, 'measure', lambda *_: pytest.fail('measured'))
-  with pytest.raises(UserError, match=message):
-    script('bench', '--suite=gemm', f'--json={path}')
+def test_where_nothing_can_be_written_nothing_is_measured(path, message, tmp_path):
+  command = [sys.executable, str(EXPERIMENTS / 'bench.py'), '--suite=gemm', f'--json={path}']
+  done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert message in done.stderr
+  assert done.stderr.count('\n') == 1
 
 
 def test_dense_rate_is_a_rate():

@@ -84,7 +84,7 @@ def test_abstract_mesh_has_the_same_axes_without_devices():
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ({'pipe': 4}, ['mesh.pipe = 4', 'MoE layers', '2']),
+    ({'pipe': 4}, ['mesh.pipe = 4', 'MoE layers', '3']),
     ({'data': 32, 'train': {'batch_size': 32}}, ['32 devices', 'there are 16', 'mesh.cpu_devices=32']),
     ({'expert': 3}, ['model.num_experts = 16', 'expert axis', '3']),
     ({'tensor': 8}, ['model.num_heads = 4', 'tensor axis', '8']),

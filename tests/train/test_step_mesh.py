@@ -99,7 +99,7 @@ class Run:
 
   def __init__(self, config, mesh):
     self.config, self.mesh = step.resolve(config, mesh, 'cpu'), mesh
-    micro = config.train.microbatches
+    micro = self.config.train.microbatches
     shape = (micro, config.train.batch_size // micro, config.data.seq_len + 1)
     batch = {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in ('token_BS', 'segment_BS')}
     lowered = step.make_train_step(self.config, mesh).lower(state.abstract(config), batch)
@@ -285,7 +285,7 @@ def expected_switch_loss(config):
   old = start(config)
   params, bias_LE = oracle.float64(old.params), oracle.float64(old.balance['bias_LE'])
   total, tokens, seen_E = 0.0, 0, 0
-  for rows in np.split(np.arange(config.train.batch_size), config.train.microbatches):
+  for rows in np.split(np.arange(config.train.batch_size), config.train.microbatches or 1):
     part = {key: value[rows] for key, value in documents(config).items()}
     _, _, [routing], [mask_BS] = oracle.model_forward(
       params, bias_LE, part['token_BS'], part['segment_BS'], config.model
