@@ -5,18 +5,16 @@ Nearly all the time goes into tracing and compiling: programs are compiled unopt
 start, and Python looks for garbage seldom, since traced programs are many objects that stay.
 """
 
-import functools
 import gc
 import os
 from pathlib import Path
 
 import jax
-import numpy as np
+import meshes
 import pytest
 from flax import nnx
 
 from moe.config import ModelConfig
-from moe.parallel.mesh import AXES
 
 DEVICES = 16
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'moe-lossfree' / 'tests-xla'
@@ -50,15 +48,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def mesh_of():
-  """mesh_of(data=1, expert=1, tensor=1): a mesh over that many of the virtual devices."""
-
-  @functools.cache
-  def mesh_of(data=1, expert=1, tensor=1):
-    shape = (1, data, expert, tensor)
-    devices = jax.devices()[: np.prod(shape)]
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=devices)
-
-  return mesh_of
+  """mesh_of(pipe=1, data=1, expert=1, tensor=1): a mesh over that many of the virtual devices."""
+  return meshes.mesh_of
 
 
 @pytest.fixture(scope='module')

@@ -97,10 +97,7 @@ def contender(name: str, config: Config, repeats: int, profiled: bool = False) -
   timing.say(f'{name}: steps')
   s, losses = run(call, repeats)
   check(losses, config.model.vocab_size, falling=name != peers.NAME)
-  tokens_per_s = config.train.batch_size * config.data.seq_len / s
-  rate = tokens_per_s * flops.matmul_flops_per_token(config) / 1e12
-  row = {'s': s, 'tokens_per_s': tokens_per_s, 'tflop_per_s': rate, **call.memory()}
-  row |= {'loss_first': losses[0], 'loss_last': losses[-1]} | found
+  row = measured(config, s, losses, call.memory()) | found
   return row | ({'profile': profile.top_kernels(call)} if profiled and name != peers.NAME else {})
 
 
@@ -112,6 +109,21 @@ def run(call, repeats: int) -> tuple[float, list[float]]:
     losses.append(float(call()))
     times.append(time.perf_counter() - start)
   return float(np.median(times[2:])), losses
+
+
+def measured(config: Config, s: float, losses: list[float], memory: dict) -> dict:
+  """A row's entries on timed steps.
+
+  Args:
+    config: of the run.
+    s: seconds of a step.
+    losses: of all steps.
+    memory: entries from `Training.memory` or `timing.memory`.
+  """
+  tokens_per_s = config.train.batch_size * config.data.seq_len / s
+  rate = tokens_per_s * flops.matmul_flops_per_token(config) / 1e12
+  row = {'s': s, 'tokens_per_s': tokens_per_s, 'tflop_per_s': rate, **memory}
+  return row | {'loss_first': losses[0], 'loss_last': losses[-1]}
 
 
 def check(losses: list[float], vocab_size: int, falling: bool) -> None:
@@ -127,10 +139,26 @@ def random_tokens(config: Config) -> np.ndarray:
   return np.random.default_rng(0).integers(0, config.model.vocab_size, size, np.int32)
 
 
-class Training:
-  """Our training on one batch. A call is one step and returns its loss, float32 []."""
+def lower(config: Config):
+  """The train step of a config on its mesh, traced and lowered, for `Training`. Raises UserError as `make_mesh`."""
+  mesh = make_mesh(config)
+  config = resolve(config, mesh, platform_of(mesh))
+  train = config.train
+  shape = train.microbatches, train.batch_size // train.microbatches, config.data.seq_len + 1
+  batch = {key: jax.ShapeDtypeStruct(shape, np.int32) for key in ('token_BS', 'segment_BS')}
+  return make_train_step(config, mesh).lower(state.abstract(config), batch)
 
-  def __init__(self, config: Config, token_BS: np.ndarray):
+
+class Training:
+  """Our training on one batch. A call is one step and returns its loss, float32 [].
+
+  Args:
+    config: of the run.
+    token_BS: int32, the batch.
+    compiled: from `lower`, or None to compile here.
+  """
+
+  def __init__(self, config: Config, token_BS: np.ndarray, compiled=None):
     mesh = make_mesh(config)
     config = resolve(config, mesh, platform_of(mesh))
     timing.say('ours: make the state')
@@ -138,8 +166,10 @@ class Training:
     batch = {'token_BS': token_BS, 'segment_BS': np.ones_like(token_BS)}
     split = lambda a: a.reshape(config.train.microbatches, -1, a.shape[1])
     self.batch = jax.device_put(jax.tree.map(split, batch), NamedSharding(mesh, BATCH_SPEC))
-    timing.say('ours: compile')
-    self.compiled = make_train_step(config, mesh).lower(self.state, self.batch).compile()
+    if compiled is None:
+      timing.say('ours: compile')
+      compiled = lower(config).compile()
+    self.compiled = compiled
 
   def __call__(self):
     self.state, metrics = self.compiled(self.state, self.batch)

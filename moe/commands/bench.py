@@ -23,6 +23,7 @@ Sizes are for 2 CPU cores or one Hopper GPU, whichever is there. A contender tha
 exit status is 1.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -112,8 +113,9 @@ def step(hopper: bool) -> list[dict]:
 def mesh(hopper: bool) -> list[dict]:
   if len(jax.devices()) < 2:
     raise UserError(f'suite mesh needs 2 devices or more, not {len(jax.devices())}; on a CPU give --cpu_devices=2')
-  config = mesh_suite.sized(from_config_dict(cli.read_config('h200')), hopper, LAYERS.value)
-  return mesh_suite.measure(config, REPEATS.value, ONLY.value)
+  config = step_suite.sized(from_config_dict(cli.read_config('h200')), 'hopper' if hopper else 'cpu')
+  model = dataclasses.replace(config.model, num_layers=LAYERS.value)
+  return mesh_suite.measure(dataclasses.replace(config, model=model), REPEATS.value, ONLY.value)
 
 
 def generate(hopper: bool) -> list[dict]:

@@ -213,9 +213,7 @@ def _abstract_layer(config: ModelConfig):
 def moe_layer(config: Config, weights: dict) -> MoELayer:
   """One MoE layer with these parameters: a slice of those that `abstract_params` has under 'layers'."""
   graph, abstract = _abstract_layer(config.model)
-  state = jax.tree.map(lambda x: x, abstract)  # shared: copied before it is filled in
-  nnx.replace_by_pure_dict(state, weights)
-  return nnx.merge(graph, state)
+  return nnx.merge(graph, _filled(abstract, weights))
 
 
 def abstract_params(config: Config) -> dict:
@@ -232,8 +230,11 @@ def init_params(config: Config, key: jax.Array) -> dict:
 def build(config: Config, params: dict, bias_LE: jax.Array) -> Transformer:
   """The model with these parameters and this routing bias, whatever their sharding or dtype."""
   graph, abstract, abstract_bias = _abstract(config.model, config.balance)
-  # The abstract states are shared: copy them before filling in.
-  param_state, bias_state = jax.tree.map(lambda x: x, (abstract, abstract_bias))
-  nnx.replace_by_pure_dict(param_state, params)
-  nnx.replace_by_pure_dict(bias_state, {'bias_LE': bias_LE})
-  return nnx.merge(graph, param_state, bias_state)
+  return nnx.merge(graph, _filled(abstract, params), _filled(abstract_bias, {'bias_LE': bias_LE}))
+
+
+def _filled(abstract, values: dict):
+  """A copy of an abstract state, which is shared, with these values."""
+  state = jax.tree.map(lambda x: x, abstract)
+  nnx.replace_by_pure_dict(state, values)
+  return state

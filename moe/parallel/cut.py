@@ -89,9 +89,15 @@ def equations(jaxpr: core.Jaxpr) -> Iterator[Any]:
   """All equations, those inside of others too."""
   for equation in jaxpr.eqns:
     yield equation
-    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-      if _is_program(value):
-        yield from equations(value.jaxpr if isinstance(value, core.ClosedJaxpr) else value)
+    for inner in programs(equation):
+      yield from equations(inner)
+
+
+def programs(equation) -> Iterator[core.Jaxpr]:
+  """The programs inside of an equation: of a loop its body, of a branch each of its branches."""
+  for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+    if _is_program(value):
+      yield value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
 
 
 def _is_program(value) -> TypeGuard[core.Jaxpr | core.ClosedJaxpr]:

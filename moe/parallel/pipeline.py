@@ -106,10 +106,7 @@ def run(
     totals = _Grads(_add(totals.shared, found.shared), late, early)
     made |= _moved(made, schedule)
     for ring in rows:
-      writes = (
-        zip(made[ring], row['write'][ring], strict=True) if ring in TRAVEL else [(made[ring], row['write'][ring])]
-      )
-      for values, at in writes:
+      for values, at in zip(made[ring], row['write'][ring], strict=True):
         rings = rings | {ring: _put(rings[ring], values, at)}
     return (totals, sums, rings), None
 
@@ -129,9 +126,7 @@ def _branch(cell, traced: Traced, weights: _Weights, rows, microbatches, operand
 
   def run_cell(sums, rings, row):
     found = _no_grads(traced, weights)
-    made = {
-      ring: [_zeros(row) for _ in weights.layers] if ring in TRAVEL else _zeros(row) for ring, row in rows.items()
-    }
+    made = {ring: [_zeros(row)] * (len(weights.layers) if ring in TRAVEL else 1) for ring, row in rows.items()}
     of_cell: dict[int, dict[core.Var, jax.Array]] = {}
     for i, (kind, slot, which, role) in enumerate(cell):
       stage = traced.stages[role]
@@ -145,7 +140,7 @@ def _branch(cell, traced: Traced, weights: _Weights, rows, microbatches, operand
       mine |= new
       for ring in KEPT_BY:
         if KEPT_BY[ring] == kind and ring in rows:
-          made[ring] = stage.row(ring, new, made[ring])
+          made[ring] = [stage.row(ring, new, made[ring][0])]
       if kind == 'F':
         made['x'][slot], more = traced.outs.unflatten(outs)
         sums = jax.tree.map(jnp.add, sums, more)

@@ -35,8 +35,8 @@ class Plan(NamedTuple):
   is_last: whether the operation is of the last stage, whose dy is 0; shape as microbatch.
   slot: 'B' and 'W' -> [tick, rank], the slot of the cell's operation of that kind; 0 if it has none.
   read: ring -> row that an operation reads, shape as microbatch.
-  write: ring -> row that the end of a tick writes: of kept and crossed [tick, rank]; of x and dy [tick, rank, slot],
-    with what arrives from elsewhere.
+  write: ring -> rows that the end of a tick writes: of kept and crossed [tick, rank, 1], of x and dy, with what arrives
+    from elsewhere, [tick, rank, slot].
   """
 
   kinds: tuple[tuple, ...]
@@ -99,7 +99,7 @@ def plan(schedule: Schedule, roles: Sequence[Sequence[int]]) -> Plan:
   found = Plan(
     kinds, rows, zeros(), zeros(width), zeros(width), {kind: zeros() for kind in 'BW'},
     {ring: zeros(width) + rows[ring] for ring in RINGS},
-    {ring: (zeros(slots) if ring in TRAVEL else zeros()) + rows[ring] for ring in RINGS},
+    {ring: zeros(slots if ring in TRAVEL else 1) + rows[ring] for ring in RINGS},
   )  # fmt: skip
   for tick, row in enumerate(schedule.table):
     for rank, cell in enumerate(row):
@@ -121,7 +121,7 @@ def _place(found: Plan, path, row_of: dict[str, dict[Held, int]], at: tuple[int,
   if op.kind == 'W':
     return
   stays, travels, to = ('kept', 'x', stage + 1) if op.kind == 'F' else ('crossed', 'dy', stage - 1)
-  found.write[stays][tick, rank] = row_of[stays].get(held, found.rows[stays])
+  found.write[stays][tick, rank, 0] = row_of[stays].get(held, found.rows[stays])
   if 0 <= to < len(path):
     rank, slot = path[to]
     found.write[travels][tick, rank, slot] = row_of[travels][rank, slot, op.microbatch]

@@ -11,19 +11,19 @@ from moe.errors import UserError
 from moe.parallel.schedule import Schedule
 
 
-def divide(layers: int, together: Sequence[Sequence[int]], first: float = 0.0, last: float = 0.0) -> list[int]:
+def divide(layers: int, of_ranks: Sequence[Sequence[int]], first: float = 0.0, last: float = 0.0) -> list[int]:
   """How many MoE layers each stage has, so that the rank with the most to do has as little as possible.
 
   Args:
     layers: MoE layers.
-    together: for each rank or pair of ranks, the stages that it has; each stage in one of them.
+    of_ranks: for each rank or pair of ranks, the stages that it has; each stage in one of them.
     first, last: what the first stage does besides (embedding and dense layers) and the last (head and MTP modules), in
       MoE layers.
 
   Raises:
     UserError: so many stages that one between first and last would be empty.
   """
-  stages = sum(map(len, together))
+  stages = sum(map(len, of_ranks))
   if layers < stages - 2:
     raise UserError(
       f'{stages} stages of a pipeline need at least {stages - 2} MoE layers, and the model has {layers}; use a shorter '
@@ -32,7 +32,7 @@ def divide(layers: int, together: Sequence[Sequence[int]], first: float = 0.0, l
   counts = [0] + [1] * (stages - 2) + [0]
   work = [first] + [1.0] * (stages - 2) + [last]
   for _ in range(layers - sum(counts)):
-    rank = min(together, key=lambda rank: sum(work[stage] for stage in rank))
+    rank = min(of_ranks, key=lambda rank: sum(work[stage] for stage in rank))
     # Of equals, the later: what earlier stages made for the backward pass waits longest.
     stage = min(rank, key=lambda stage: (work[stage], -stage))
     counts[stage] += 1

@@ -3,6 +3,7 @@
 docs/howto/callbacks.md has an example. A logger is one that `train.logger` names.
 """
 
+import abc
 import dataclasses
 import importlib
 import os
@@ -38,7 +39,7 @@ class Callback:
     """When the run ends, however it does: finished, by a signal or by an error."""
 
 
-class Logger(Callback):
+class Logger(Callback, abc.ABC):
   """Sends the numbers of all rows to a service, from the first process. What fails there ends no run: it is said once.
 
   A subclass says how to `start` and to `send`. What has an id in the run's folder is gone on with.
@@ -57,14 +58,15 @@ class Logger(Callback):
       ) from error
     self._say, self._started, self._failed = say, False, False
 
+  @abc.abstractmethod
   def start(self, run: 'Run', id: str | None) -> str:
     """Begins a run of the service, or goes on with that of this id; its id."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def send(self, values: dict[str, float], step: int) -> None:
-    raise NotImplementedError
+    """Tells it the numbers of a row."""
 
-  def stop(self) -> None:
+  def stop(self) -> None:  # most have nothing to do
     """No more will come."""
 
   def logged(self, run: 'Run', row: dict) -> None:

@@ -100,6 +100,8 @@ class Run:
     self.train_step = step.make_train_step(self.config, device_mesh)
     self.flat_mesh = mesh.without_pipe(device_mesh)
     self.eval_step = step.make_eval_step(self.config, self.flat_mesh)
+    flat = state.shardings(self.config, self.flat_mesh)
+    self._copy = jax.jit(lambda weights: weights, out_shardings=state.Weights(flat.params, flat.balance))
     self.checkpoints = Checkpoints(path, config.checkpoint.keep)
     self.state, self.done, self.tokens, logged = self._start()
     if self.done > config.train.steps:
@@ -200,10 +202,7 @@ class Run:
   def weights(self) -> state.Weights:
     """Parameters and the rule's state on `flat_mesh`, for evaluation and generation; of a pipeline, copies."""
     found = state.Weights(self.state.params, self.state.balance)
-    if self.flat_mesh is self.mesh:
-      return found
-    placed = state.shardings(self.config, self.flat_mesh)
-    return jax.jit(lambda found: found, out_shardings=state.Weights(placed.params, placed.balance))(found)
+    return found if self.flat_mesh is self.mesh else self._copy(found)
 
   def _save(self):
     self.checkpoints.save(

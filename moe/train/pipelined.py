@@ -75,27 +75,38 @@ def gradients(params, bias_LE, batch, placements, config: Resolved):
 
   def by_slot(stacked):
     """[slots x layers of a stage, ...] -> a tree per slot, of single layers or of stacked ones."""
-    apart = jax.tree.map(lambda a: a.reshape(*stages.rows.shape[1:], *a.shape[1:]), stacked)
-    slots = [jax.tree.map(lambda a, slot=slot: a[slot], apart) for slot in range(stages.rows.shape[1])]
-    if unrolled:
-      slots = [[jax.tree.map(lambda a, l=l: a[l], slot) for l in range(stages.rows.shape[2])] for slot in slots]
-    return slots
+    _, slots, layers = stages.rows.shape
+    at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+    apart = jax.tree.map(lambda a: a.reshape(slots, layers, *a.shape[1:]), stacked)
+    of_slots = [at(apart, slot) for slot in range(slots)]
+    return [[at(one, l) for l in range(layers)] for one in of_slots] if unrolled else of_slots
 
   batch_shape = batch['token_BS'].shape
   shape = batch_shape[1], batch_shape[2] - 1, config.model.d_model
   x_like = vary(jnp.zeros(shape, config.precision.compute), VARYING)
   kinds = sorted(set(map(stages.role, range(len(stages.counts)))))
-  forwards = [_stage(role, bias_LE, counts, stages, config) for role in kinds]
+  slots = by_slot(stacked)
+  no_stats = _no_stats(slots[0], x_like, batch['segment_BS'][0, :, :-1], config)
+  forwards = [_stage(role, bias_LE, counts, no_stats, stages, config) for role in kinds]
   roles = [[kinds.index(stages.role(stage)) for stage in row] for row in stages.stage_of.tolist()]
-  found = pipeline.run(schedule, forwards, roles, weights, by_slot(stacked), batch, x_like)
+  found = pipeline.run(schedule, forwards, roles, weights, slots, batch, x_like)
   as_float32 = jax.tree.map(lambda a: a.astype(jnp.float32), stacked)
   (of_layers,) = jax.linear_transpose(by_slot, as_float32)(found.layers)
   grads = zero.reduce({**found.shared, 'layers': of_layers}, params, placements, rows_RN)
   return grads, jax.tree.map(lambda a: lax.psum(a, VARYING), found.sums), counts
 
 
-def _stage(role: Role, bias_LE, counts: losses.Counts, stages: Stages, config: Resolved) -> Callable:
-  """The `forward` of stages of a role, as `pipeline.run` takes it."""
+def _stage(role: Role, bias_LE, counts: losses.Counts, no_stats: RouterStats, stages: Stages, config) -> Callable:
+  """The `forward` of stages of a role, as `pipeline.run` takes it.
+
+  Args:
+    role: what they do.
+    bias_LE: float32 routing bias.
+    counts: of the whole batch.
+    no_stats: from `_no_stats`.
+    stages: which layers they have.
+    config: of the whole run.
+  """
   no_layers = transformer.abstract_params(config)['layers']
   routed_L = losses.routed_of_routers(counts, config)
 
@@ -106,7 +117,7 @@ def _stage(role: Role, bias_LE, counts: losses.Counts, stages: Stages, config: R
     if role.first:
       x_BSD = transformer.embed(model, view.input_BS, segment_BS, config)
     loss = aux = z = jnp.zeros(())
-    nats, router = jnp.zeros(1 + config.model.mtp_depth), _no_stats(layers, x_BSD, segment_BS, config)
+    nats, router = jnp.zeros(1 + config.model.mtp_depth), no_stats
     if role.layers:
       row_l = jnp.asarray(stages.rows_of_stage)[stage, : role.layers]
       x_BSD, stats = _layers(role, layers, x_BSD, segment_BS, view.mask_BS, bias_LE[row_l], config)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 from moe.ops.varying import vary
 from moe.parallel import pipeline
 from moe.parallel.cut import LIGHT, cut, equations
-from moe.parallel.mesh import AXES, BATCH_AXES
+from moe.parallel.mesh import BATCH_AXES
 from moe.parallel.schedule import SCHEDULES, Times, make
 
 LAYERS, D, F, V, TOKENS = 8, 6, 8, 16, 8  # TOKENS of a microbatch over the whole mesh
@@ -129,13 +130,6 @@ def pipelined(schedule, mesh):
   return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), tensor, P())))
 
 
-@functools.cache
-def mesh_with(pipe, **sizes):
-  shape = (pipe, *(sizes.get(axis, 1) for axis in AXES[1:]))
-  devices = jax.devices()[: int(np.prod(shape))]
-  return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=devices)
-
-
 def close(actual, expected, tolerance=1e-5):
   assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
 
@@ -155,7 +149,7 @@ def test_equals_the_stages_in_a_row(name, pipe, sizes, microbatches):
   tokens = TOKENS * 8
   token_MT = np.random.default_rng(1).integers(0, V, (microbatches, tokens)).astype(np.int32)
   schedule = make(name, pipe, microbatches, Times())
-  loss, grads, count_L = pipelined(schedule, mesh_with(pipe, **sizes))(params, token_MT)
+  loss, grads, count_L = pipelined(schedule, mesh_of(pipe, **sizes))(params, token_MT)
   expected_loss, expected, expected_L = jax.jit(in_a_row)(params, token_MT)
   close(loss, expected_loss, 1e-6)
   for name in params:
@@ -165,7 +159,7 @@ def test_equals_the_stages_in_a_row(name, pipe, sizes, microbatches):
 
 def test_nothing_is_computed_twice():
   """The parts' equations are the whole's; what is alike on all ranks, or light, is made again. W has no collective."""
-  mesh, parts = mesh_with(2, expert=2, tensor=2), []
+  mesh, parts = mesh_of(2, expert=2, tensor=2), []
 
   def local(params, token_T):
     params = vary(params, VARYING)
@@ -201,7 +195,7 @@ def test_nothing_is_computed_twice():
 
 def test_a_collective_over_the_pipeline_is_refused():
   """It would wait for ranks that run other cells."""
-  mesh, schedule = mesh_with(2), make('gpipe', 2, 2)
+  mesh, schedule = mesh_of(2), make('gpipe', 2, 2)
 
   def local(w_DD, x_MTD):
     summed = lambda w, x_TD: vary(lax.psum(x_TD @ w[1], 'pipe'), ('pipe',))

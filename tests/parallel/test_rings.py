@@ -49,7 +49,7 @@ def test_the_arrays_alone_carry_each_value_to_who_needs_it(name, ranks, microbat
           made[kind, which] = stage
           assert kind == 'F' or found.slot['B'][tick, rank] == slot
           stays, travels, to = ('kept', 'x', stage + 1) if kind == 'F' else ('crossed', 'dy', stage - 1)
-          arriving[rank].append((found.write[stays][tick, rank], stays, (kind, stage, microbatch)))
+          arriving[rank].append((found.write[stays][tick, rank, 0], stays, (kind, stage, microbatch)))
           if 0 <= to < stages:
             there, its_slot = schedule.paths[microbatch][to]
             arriving[there].append((found.write[travels][tick, there, its_slot], travels, (kind, stage, microbatch)))

@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from test_configs import load
 
 from moe.errors import UserError
+from moe.model import flops
 from moe.parallel.schedule import SCHEDULES, make
 from moe.parallel.stages import Stages, divide, together
 
@@ -31,8 +33,13 @@ def test_no_division_is_better(name, first, last):
 
 
 def test_v3_on_16_ranks():
-  """Three dense layers cost about three MoE layers, head and MTP module 4.4: the last stage has no MoE layer."""
-  assert divide(58, [(stage,) for stage in range(16)], 3, 4.4) == [2, *[4] * 14, 0]
+  """What is first and last counts: a last stage that has enough to do without gets no MoE layer."""
+  ranks = [(stage,) for stage in range(16)]
+  assert divide(58, ranks, 3, 4.4) == [2, *[4] * 14, 0]
+  work = flops.stage_work(load('deepseek_v3'))
+  assert work.first == pytest.approx(3, abs=0.05)
+  assert work.last == pytest.approx(3.9, abs=0.05)
+  assert divide(58, ranks, work.first, work.last) == [1, *[4] * 14, 1]
 
 
 @pytest.mark.parametrize('name', SCHEDULE_OF)

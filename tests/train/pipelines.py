@@ -16,9 +16,8 @@ sys.path.extend(map(str, pathlib.Path(__file__).resolve().parents[1:3]))  # runs
 
 import jax
 import numpy as np
+from meshes import mesh_of
 from test_step_mesh import CONFIG, Run, change, documents, gradient_of
-
-from moe.parallel.mesh import AXES
 
 STEPS = 20
 
@@ -53,13 +52,6 @@ FRILLS = [
   Case('dualpipe', {'pipe': 4, 'data': 2}, 8, 4, {'model': {'capacity_factor': 1.0}, **UNROLLED}),
   Case('1f1b', {'pipe': 2, 'data': 4}, 2, 3, {'balance': {'bias_rule': 'quantile', 'aux_loss': 'switch'}}),
 ]
-
-
-def mesh_of(pipe=1, data=1, expert=1, tensor=1):
-  shape = pipe, data, expert, tensor
-  return jax.make_mesh(
-    shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4, devices=jax.devices()[: np.prod(shape)]
-  )
 
 
 class Found(NamedTuple):

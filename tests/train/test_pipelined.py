@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pipelines
 import pytest
-from jax.extend import core
 from pipelines import UNROLLED, Case
 from test_configs import load
 from test_step_mesh import CONFIG, change
 
 from moe.parallel import rings
-from moe.parallel.cut import equations
+from moe.parallel.cut import equations, programs
 from moe.parallel.mesh import abstract_mesh
 from moe.parallel.schedule import SCHEDULES
 from moe.train import pipelined, state, step
@@ -48,16 +47,11 @@ def products(jaxpr) -> float:
     elif equation.primitive.name == 'ragged_dot_general':
       total += 2 * math.prod(shapes[0]) * shapes[1][-1]
     elif equation.primitive.name == 'cond':
-      total += max(products(branch.jaxpr) for branch in equation.params['branches'])
+      total += max(map(products, programs(equation)))
     else:
-      inner = [one for one in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program) if is_program(one)]
       times = equation.params['length'] if equation.primitive.name == 'scan' else 1
-      total += times * sum(products(getattr(one, 'jaxpr', one)) for one in inner)
+      total += times * sum(map(products, programs(equation)))
   return total
-
-
-def is_program(value):
-  return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def traced(config, shape):
